@@ -1,0 +1,3 @@
+"""nanojax: NanoFlow-style LLM serving in JAX, for research."""
+
+__version__ = "0.1.0"

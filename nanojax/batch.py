@@ -1,0 +1,60 @@
+"""What does one step compute on?  The ragged batch: flat tokens of many requests, decode rows first."""
+
+import flax.struct
+import jax.numpy as jnp
+
+from nanojax.array_types import Array, Int32
+
+
+@flax.struct.dataclass
+class RaggedBatch:
+    """`T` flat tokens of `R` rows; row `r` owns `tokens[cu_q_lens[r]:cu_q_lens[r+1]]`, the rest is padding.
+
+    Rows with one token come first (`num_decode` of them), then prefill chunks, then empty rows.
+    """
+
+    tokens: Int32[Array, "T"]
+    positions: Int32[Array, "T"]
+    pages: Int32[Array, "T"]
+    """Page that takes each token's key and value; `N` for padding, which no write reaches."""
+    row_slots: Int32[Array, "R"]
+    kv_lens: Int32[Array, "R"]
+    page_indices: Int32[Array, "R P"]
+    cu_q_lens: Int32[Array, "R+1"]
+    num_decode: Int32[Array, ""]
+
+
+def pack(
+    order: Int32[Array, "S"],
+    q_lens: Int32[Array, "S"],
+    num_decode: Int32[Array, ""],
+    num_computed: Int32[Array, "S"],
+    tokens: Int32[Array, "S M"],
+    page_indices: Int32[Array, "S P"],
+    *,
+    token_budget: int,
+    page_size: int,
+    num_pages: int,
+) -> RaggedBatch:
+    """Lays out the first `R = min(S, token_budget)` slots of `order`, each with its next `q_lens` tokens."""
+    num_rows = min(order.shape[0], token_budget)
+    slots = order[:num_rows]
+    lens = q_lens[slots]
+    cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lens, dtype=jnp.int32)])
+    index = jnp.arange(token_budget, dtype=jnp.int32)
+    row = jnp.searchsorted(cu_q_lens[1:], index, side="right", method="compare_all").astype(jnp.int32)
+    row = jnp.minimum(row, num_rows - 1)
+    is_token = index < cu_q_lens[-1]
+    position = num_computed[slots][row] + index - cu_q_lens[row]
+    position = jnp.where(is_token, position, 0)
+    slot = slots[row]
+    return RaggedBatch(
+        tokens=tokens[slot, position],
+        positions=position,
+        pages=jnp.where(is_token, page_indices[slot, position // page_size], num_pages),
+        row_slots=slots,
+        kv_lens=jnp.where(lens > 0, num_computed[slots] + lens, 0),
+        page_indices=page_indices[slots],
+        cu_q_lens=cu_q_lens,
+        num_decode=num_decode,
+    )

@@ -1,0 +1,1 @@
+"""Which models are there?  Flax NNX definitions; everyone outside sees a params pytree and pure functions."""

@@ -1,0 +1,173 @@
+"""What does a decoder layer compute?  Llama 2/3/3.1, Mistral, Qwen2 and Qwen3 as one Flax NNX module.
+
+A layer is cut into the operations that a NanoFlow pipeline schedules (paper, Figure 1): `qkv`, attention (outside, over the
+paged KV cache), `out`, `up_gate`, `down`.  Weights that are used together are stored together: a KV group's queries, key and
+value are one kernel, so are gate and up; every kernel splits over KV heads or feed-forward columns for tensor parallelism.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nanojax.array_types import Array, Float, Int32, Key, Params
+from nanojax.config import ModelConfig, RopeScaling
+from nanojax.models.layers import RMSNorm, contract, normal
+from nanojax.models.moe import MixtureOfExperts
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: `down(silu(gate x) * (up x))`."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate_up = normal(rngs, (config.d_model, 2, config.d_ff), dtype)
+        self.down = normal(rngs, (config.d_ff, config.d_model), dtype)
+
+    def up_gate(self, x: Float[Array, "t D"]) -> Float[Array, "t F"]:
+        gate, up = jnp.moveaxis(contract(x, self.gate_up[...]), 1, 0)
+        return jax.nn.silu(gate) * up
+
+    def project_down(self, hidden: Float[Array, "t F"]) -> Float[Array, "t D"]:
+        return contract(hidden, self.down[...])
+
+
+class Attention(nnx.Module):
+    """The joint projection of queries, keys and values, by KV head: its G queries, then its key, then its value."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        groups = config.num_heads // config.num_kv_heads
+        shape = (config.num_kv_heads, groups + 2, config.head_dim)
+        self.kernel = normal(rngs, (config.d_model, *shape), dtype)
+        if config.qkv_bias:
+            self.bias = nnx.Param(jnp.zeros(shape, jnp.float32))
+
+    def __call__(self, x: Float[Array, "t D"]) -> Float[Array, "t K G+2 h"]:
+        y = contract(x, self.kernel[...])
+        return y + self.bias[...] if hasattr(self, "bias") else y
+
+
+class OutProjection(nnx.Module):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        groups = config.num_heads // config.num_kv_heads
+        self.kernel = normal(rngs, (config.num_kv_heads, groups, config.head_dim, config.d_model), dtype)
+
+    def __call__(self, attended: Float[Array, "t H h"]) -> Float[Array, "t D"]:
+        kernel = self.kernel[...]
+        return contract(attended.reshape(attended.shape[0], -1), kernel.reshape(-1, kernel.shape[-1]))
+
+
+class DecoderLayer(nnx.Module):
+    """One pre-norm layer as operations on any contiguous part `t` of the ragged batch."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(config.d_model, config.rms_eps)
+        self.qkv = Attention(config, dtype, rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_eps)
+        self.out = OutProjection(config, dtype, rngs)
+        self.ffn_norm = RMSNorm(config.d_model, config.rms_eps)
+        self.ffn = (MixtureOfExperts if config.num_experts else FeedForward)(config, dtype, rngs)
+
+    def project_qkv(
+        self, x: Float[Array, "t D"], rope: Float[Array, "2 t h2"]
+    ) -> tuple[Float[Array, "t H h"], Float[Array, "t K h"], Float[Array, "t K h"]]:
+        """Norm, joint projection, optional query/key norm (Qwen3), rotation of queries and keys."""
+        y = self.qkv(self.attn_norm(x))
+        t, num_kv_heads, width, head_dim = y.shape
+        q_and_k, v = y[:, :, :-1], y[:, :, -1]
+        if hasattr(self, "q_norm"):
+            q_and_k = jnp.concatenate([self.q_norm(q_and_k[:, :, :-1]), self.k_norm(q_and_k[:, :, -1:])], axis=2)
+        q_and_k = rotate(q_and_k, rope)
+        return q_and_k[:, :, :-1].reshape(t, num_kv_heads * (width - 2), head_dim), q_and_k[:, :, -1], v
+
+    def project_out(self, x: Float[Array, "t D"], attended: Float[Array, "t H h"]) -> Float[Array, "t D"]:
+        return x + self.out(attended)
+
+    def up_gate(self, x: Float[Array, "t D"]):
+        """Norm, gate and up projections; what it returns is only for `down`."""
+        return self.ffn.up_gate(self.ffn_norm(x))
+
+    def down(self, x: Float[Array, "t D"], hidden) -> Float[Array, "t D"]:
+        return x + self.ffn.project_down(hidden)
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.table = normal(rngs, (config.vocab_size, config.d_model), dtype)
+
+
+class Decoder(nnx.Module):
+    """A whole model.  Its parameters, named, are the params pytree."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.embed = Embedding(config, dtype, rngs)
+        self.layers = nnx.List([DecoderLayer(config, dtype, rngs) for _ in range(config.num_layers)])
+        self.final_norm = RMSNorm(config.d_model, config.rms_eps)
+        if not config.tied_head:
+            self.head = Embedding(config, dtype, rngs)
+
+    def embed_tokens(self, tokens: Int32[Array, "t"]) -> Float[Array, "t D"]:
+        return self.embed.table[...][tokens].astype(jnp.float32)
+
+    def logits(self, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
+        table = (self.head if hasattr(self, "head") else self.embed).table[...]
+        y = self.final_norm(x).astype(table.dtype)
+        return jax.lax.dot_general(y, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def rotate(x: Float[Array, "t K n h"], rope: Float[Array, "2 t h2"]) -> Float[Array, "t K n h"]:
+    """Rotary embedding, half-split (NeoX) order: dimension i turns with dimension i + h/2."""
+    cos, sin = rope[0][:, None, None], rope[1][:, None, None]
+    x1, x2 = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+def rope_angles(config: ModelConfig, positions: Int32[Array, "t"]) -> Float[Array, "2 t h2"]:
+    """Cosine and sine of each token's rotation, float32; computed once per step, used by every layer."""
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequency = jnp.float32(config.rope_theta) ** -exponent
+    if config.rope_scaling is not None:
+        frequency = _scale_frequency(frequency, config.rope_scaling)
+    angle = positions.astype(jnp.float32)[:, None] * frequency[None, :]
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+
+def _scale_frequency(frequency: Float[Array, "h2"], scaling: RopeScaling) -> Float[Array, "h2"]:
+    """Llama-3.1: wavelengths beyond the original context are stretched, a smooth blend in between."""
+    turns = scaling.original_max_len * frequency / (2 * jnp.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = jnp.clip(blend, 0.0, 1.0)
+    return (1 - blend) * frequency / scaling.factor + blend * frequency
+
+
+@functools.lru_cache(maxsize=32)
+def _definition(config: ModelConfig) -> Callable[[Params], Decoder]:
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.float32), nnx.Rngs(0))))
+    return lambda params: nnx.merge(graph, params)
+
+
+def bind(config: ModelConfig, params: Params) -> Decoder:
+    """The modules of `config` over the arrays of `params`; to be used inside a pure function."""
+    return _definition(config)(params)
+
+
+def init_params(config: ModelConfig, key: Key[Array, ""], dtype=jnp.float32) -> Params:
+    """Random weights (normal, deviation 0.02) of the real shapes, made on the default device."""
+
+    @jax.jit
+    def make(key):
+        return nnx.to_pure_dict(nnx.state(Decoder(config, jnp.dtype(dtype), nnx.Rngs(key)), nnx.Param))
+
+    return make(key)
+
+
+def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
+    """The params pytree as `jax.ShapeDtypeStruct`s: what loaders must produce.  Norms and biases stay float32."""
+
+    def make():
+        return nnx.to_pure_dict(nnx.state(Decoder(config, jnp.dtype(dtype), nnx.Rngs(0)), nnx.Param))
+
+    return jax.eval_shape(make)

@@ -1,0 +1,1 @@
+"""How do the operations of a step run?"""

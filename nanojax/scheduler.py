@@ -1,0 +1,253 @@
+"""Who runs next?  Continuous batching as a pure state machine: `admit`, `plan`, `commit`.
+
+A request is two numbers: `num_tokens` known, `num_computed` of them in the KV cache.  Decode, chunked prefill and recompute
+after preemption are all "the next `num_tokens - num_computed` tokens".  A resident request waits until `admit` makes it
+active; only active requests hold pages.  Admission asks a forecast (`nanojax.admission`), order asks a priority function.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from nanojax.array_types import Array, Bool, Int32
+from nanojax.config import EngineConfig
+from nanojax.kv_cache import PagePool, pages_for
+
+HISTORY_LEN = 256
+"""Finished output lengths that are remembered for the forecasts."""
+
+
+@flax.struct.dataclass
+class SchedulerState:
+    """The resident requests, one per slot.  Fields of slots that are not `resident` mean nothing."""
+
+    request_id: Int32[Array, "S"]
+    resident: Bool[Array, "S"]
+    active: Bool[Array, "S"]
+    num_tokens: Int32[Array, "S"]
+    num_computed: Int32[Array, "S"]
+    prompt_len: Int32[Array, "S"]
+    max_tokens: Int32[Array, "S"]
+    """Longest that the request can get: prompt and output."""
+    expected_tokens: Int32[Array, "S"]
+    """Prompt and output as an oracle knows them (traces do); equals `max_tokens` when nobody knows."""
+    arrival: Int32[Array, "S"]
+    finished_lens: Int32[Array, "W"]
+    """Ring buffer of the last finished output lengths, `W = HISTORY_LEN`."""
+    num_finished: Int32[Array, ""]
+
+
+@flax.struct.dataclass
+class StepPlan:
+    """One step's decision.  `order` lists the slots as the batch lays them out: one-token rows, chunks, idle slots."""
+
+    q_lens: Int32[Array, "S"]
+    new_pages: Int32[Array, "S"]
+    order: Int32[Array, "S"]
+    num_decode: Int32[Array, ""]
+    preempt: Bool[Array, "S"]
+
+
+Forecast = Callable[[SchedulerState, Bool[Array, "S"], int], Int32[Array, ""]]
+"""`forecast(state, active, page_size)`: pages that the `active` requests will need at their peak."""
+
+PriorityFn = Callable[[SchedulerState], Int32[Array, "S"]]
+"""Rank of each request, lowest first; the earlier arrival wins a tie."""
+
+
+class PhaseOrder(enum.Enum):
+    """Which rows get the token budget first."""
+
+    DECODE_FIRST = "decode_first"
+    PREFILL_FIRST = "prefill_first"
+
+
+class Batching(enum.Enum):
+    """Continuous: a request joins when it fits.  Static: the next batch starts when the last one is done."""
+
+    CONTINUOUS = "continuous"
+    STATIC = "static"
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The choices that an ablation varies."""
+
+    forecast: Forecast
+    priority: PriorityFn
+    phase_order: PhaseOrder = PhaseOrder.DECODE_FIRST
+    batching: Batching = Batching.CONTINUOUS
+
+
+def first_come(state: SchedulerState) -> Int32[Array, "S"]:
+    return state.arrival
+
+
+def shortest_prompt(state: SchedulerState) -> Int32[Array, "S"]:
+    return state.prompt_len
+
+
+def shortest_job(state: SchedulerState) -> Int32[Array, "S"]:
+    """Least work left, prompt and output, by the oracle's lengths."""
+    return state.expected_tokens - state.num_computed
+
+
+PRIORITIES: dict[str, PriorityFn] = {
+    "first_come": first_come,
+    "shortest_prompt": shortest_prompt,
+    "shortest_job": shortest_job,
+}
+
+
+def init(num_slots: int) -> SchedulerState:
+    """No requests."""
+
+    def zeros() -> Int32[Array, "S"]:  # a buffer of its own for each field: the state is donated
+        return jnp.zeros((num_slots,), jnp.int32)
+
+    return SchedulerState(
+        request_id=zeros() - 1, resident=zeros() > 0, active=zeros() > 0, num_tokens=zeros(), num_computed=zeros(),
+        prompt_len=zeros(), max_tokens=zeros(), expected_tokens=zeros(), arrival=zeros(),
+        finished_lens=jnp.zeros((HISTORY_LEN,), jnp.int32), num_finished=jnp.int32(0),
+    )  # fmt: skip
+
+
+def admit(config: EngineConfig, policy: Policy, state: SchedulerState, pool: PagePool) -> SchedulerState:
+    """Activates waiting requests in priority order while the forecast peak fits the pool.
+
+    The head of the queue is never overtaken.  Nothing is admitted while an active request is short of a page, so that a
+    preempted request cannot take back what it gave.  A request alone is always admitted.
+    """
+    is_open = ~is_short_of_pages(config, state, pool)
+    if policy.batching is Batching.STATIC:
+        is_open &= ~jnp.any(state.active)
+    priority = policy.priority(state)
+
+    def join_head(active: Bool[Array, "S"]) -> tuple[Bool[Array, "S"], Bool[Array, ""]]:
+        waiting = state.resident & ~active
+        best = jnp.min(jnp.where(waiting, priority, _LAST))
+        first = jnp.argmin(jnp.where(waiting & (priority == best), state.arrival, _LAST))
+        joined = active | ((jnp.arange(active.shape[0]) == first) & waiting)
+        fits = policy.forecast(state, joined, config.page_size) <= config.num_pages
+        return joined, jnp.any(waiting) & (fits | ~jnp.any(active))
+
+    def admit_while_it_fits() -> Bool[Array, "S"]:
+        joined, fits = join_head(state.active)
+        carry = (state.active, joined, fits)
+        return jax.lax.while_loop(lambda c: c[2], lambda c: (c[1], *join_head(c[1])), carry)[0]
+
+    active = jax.lax.cond(is_open & jnp.any(state.resident & ~state.active), admit_while_it_fits, lambda: state.active)
+    return dataclasses.replace(state, active=active)
+
+
+def plan(
+    config: EngineConfig, policy: Policy, state: SchedulerState, pool: PagePool, token_budget: Int32[Array, ""]
+) -> StepPlan:
+    """Divides the token budget and the free pages among the active requests.
+
+    In order of phase and priority each request takes what it still has to compute, cut by the tokens and by the pages that
+    are left (a chunk may fill what its last page has room for when no page is free).  When the requests are short of pages,
+    the youngest that holds some is preempted, and its pages serve this step.
+    """
+    page_size = config.page_size
+    preempt, num_freed = _preempt_youngest(config, state, pool)
+    num_free = pool.num_free + num_freed
+    todo = jnp.where(state.active & ~preempt, state.num_tokens - state.num_computed, 0)
+
+    is_chunk = todo > 1
+    late_phase = is_chunk if policy.phase_order is PhaseOrder.DECODE_FIRST else ~is_chunk
+    order = jnp.lexsort((state.arrival, policy.priority(state), late_phase, todo == 0)).astype(jnp.int32)
+
+    todo = todo[order]
+    room = (pool.num_pages * page_size - state.num_computed)[order]
+    wanted = _take(todo, token_budget)
+    pages_wanted = _pages_beyond(wanted, room, page_size)
+    pages_left = jnp.maximum(num_free - _exclusive_cumsum(pages_wanted), 0)
+    granted = _take(jnp.minimum(todo, room + pages_left * page_size), token_budget)
+    new_pages = _pages_beyond(granted, room, page_size)
+
+    # The batch wants one-token rows first: a stable partition of the order above into one-token rows, chunks, idle.
+    kind = jnp.where(granted == 1, 0, jnp.where(granted > 1, 1, 2))
+    counts = jnp.array([jnp.sum(kind == i) for i in range(3)], jnp.int32)
+    within = jnp.stack([jnp.cumsum(kind == i) for i in range(3)])
+    place = _exclusive_cumsum(counts)[kind] + jnp.take_along_axis(within, kind[None], axis=0)[0] - 1
+    zeros = jnp.zeros_like(order)
+    return StepPlan(
+        q_lens=zeros.at[order].set(granted),
+        new_pages=zeros.at[order].set(new_pages),
+        order=zeros.at[place].set(order),
+        num_decode=counts[0],
+        preempt=preempt,
+    )
+
+
+def commit(
+    state: SchedulerState, step_plan: StepPlan, sampled: Bool[Array, "S"], finished: Bool[Array, "S"]
+) -> SchedulerState:
+    """Books a step: tokens computed, one new token where `sampled`, preempted requests back to waiting, `finished` gone."""
+    num_computed = jnp.where(step_plan.preempt, 0, state.num_computed + step_plan.q_lens)
+    num_tokens = state.num_tokens + sampled
+    place = (state.num_finished + jnp.cumsum(finished) - 1) % HISTORY_LEN
+    place = jnp.where(finished, place, HISTORY_LEN)
+    return dataclasses.replace(
+        state,
+        resident=state.resident & ~finished,
+        active=state.active & ~finished & ~step_plan.preempt,
+        num_computed=num_computed,
+        num_tokens=num_tokens,
+        finished_lens=state.finished_lens.at[place].set(num_tokens - state.prompt_len, mode="drop"),
+        num_finished=state.num_finished + jnp.sum(finished, dtype=jnp.int32),
+    )
+
+
+def samples(state: SchedulerState, step_plan: StepPlan) -> Bool[Array, "S"]:
+    """Requests whose last known token is computed in this step, so that the step yields a new one."""
+    return (step_plan.q_lens > 0) & (state.num_computed + step_plan.q_lens == state.num_tokens)
+
+
+def num_todo(state: SchedulerState) -> Int32[Array, ""]:
+    """Tokens that the active requests could compute now."""
+    return jnp.sum(jnp.where(state.active, state.num_tokens - state.num_computed, 0), dtype=jnp.int32)
+
+
+def is_short_of_pages(config: EngineConfig, state: SchedulerState, pool: PagePool) -> Bool[Array, ""]:
+    """More decode rows want a page than pages are free, or no active request can move at all."""
+    stuck = state.active & (state.num_computed >= pool.num_pages * config.page_size)
+    decoding = stuck & (state.num_tokens - state.num_computed == 1)
+    none_moves = (pool.num_free == 0) & jnp.all(stuck == state.active) & jnp.any(state.active)
+    return (jnp.sum(decoding, dtype=jnp.int32) > pool.num_free) | none_moves
+
+
+def _preempt_youngest(
+    config: EngineConfig, state: SchedulerState, pool: PagePool
+) -> tuple[Bool[Array, "S"], Int32[Array, ""]]:
+    """The victim, if one is needed, and the pages that only it holds.  A preemption that frees nothing is not taken."""
+    holds = state.active & (pool.num_pages > 0)
+    youngest = jnp.argmax(jnp.where(holds, state.arrival, -1))
+    column = jnp.arange(pool.page_indices.shape[1])
+    is_own = (column < pool.num_pages[youngest]) & (pool.ref_count[pool.page_indices[youngest]] == 1)
+    num_freed = jnp.sum(is_own, dtype=jnp.int32)
+    is_needed = is_short_of_pages(config, state, pool) & (jnp.sum(holds) > 1) & (num_freed > 0)
+    preempt = is_needed & holds & (jnp.arange(holds.shape[0]) == youngest)
+    return preempt, jnp.where(is_needed, num_freed, 0)
+
+
+_LAST = jnp.iinfo(jnp.int32).max
+
+
+def _exclusive_cumsum(x: Int32[Array, "n"]) -> Int32[Array, "n"]:
+    return jnp.cumsum(x, dtype=jnp.int32) - x
+
+
+def _take(todo: Int32[Array, "S"], budget: Int32[Array, ""]) -> Int32[Array, "S"]:
+    """Serves `todo` in order from `budget`, the last one served in part."""
+    return jnp.clip(budget - _exclusive_cumsum(todo), 0, todo)
+
+
+def _pages_beyond(taken: Int32[Array, "S"], room: Int32[Array, "S"], page_size: int) -> Int32[Array, "S"]:
+    """Pages to add so that `taken` more tokens fit; none for a request that takes nothing, whatever its slot holds."""
+    return jnp.where(taken > 0, pages_for(jnp.maximum(taken - room, 0), page_size), 0)

@@ -1,0 +1,380 @@
+"""How do I serve requests?  `Engine`: the one mutable host object.  It feeds the device, reads its reports, keeps the clock.
+
+    engine = Engine(config, model, params, policy=policy, tokenizer=tokenizer)
+    outputs = engine.generate(requests)            # offline
+    engine.submit(request); events = engine.poll() # online: one launch per poll, tokens as they come
+"""
+
+import collections
+import dataclasses
+import enum
+import functools
+import heapq
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanojax import engine as core
+from nanojax import invariants, scheduler
+from nanojax.array_types import Params
+from nanojax.config import EngineConfig, ModelConfig
+from nanojax.engine import Arrivals, Finish, Forward
+from nanojax.kv_cache import pages_for
+from nanojax.metrics import RequestRecord, StepRecord
+from nanojax.pipeline import execute
+from nanojax.sampling import NO_TOKEN
+from nanojax.scheduler import Policy
+from nanojax.weights.tokenizer import StreamDecoder, Tokenizer
+from nanojax.workload import Request
+
+
+class Driver(enum.Enum):
+    """How the host launches steps: waiting for each, one step ahead, or several steps per launch."""
+
+    HOST_SYNC = "host_sync"
+    DISPATCH_AHEAD = "dispatch_ahead"
+    DEVICE_LOOP = "device_loop"
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A finished request.  `token_ids` includes the stop token, `text` (None without a tokenizer) does not."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str | None
+    logprobs: tuple[float, ...] | None
+    finish_reason: str
+    """`stop`, `length` or `cancelled`."""
+    record: RequestRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """News of one request: its new tokens and text, and the whole output once it is finished."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    output: Output | None = None
+
+
+@dataclasses.dataclass
+class _Live:
+    """What the host keeps of a request that is queued or on the device."""
+
+    request: Request
+    arrival_s: float
+    decoder: StreamDecoder | None
+    slot: int | None = None
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    text: str = ""
+    num_emitted: int = 0
+    first_token_s: float = float("nan")
+    num_preemptions: int = 0
+
+
+class Engine:
+    """Continuous batching over one model on the default device.
+
+    `clock` gives seconds; everything else that the engine touches comes in through its arguments.  `records` and `steps` grow
+    as requests finish and steps are read; `reset_metrics` empties them.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        params: Params,
+        *,
+        policy: Policy,
+        tokenizer: Tokenizer | None = None,
+        driver: Driver = Driver.DISPATCH_AHEAD,
+        attention: str | None = None,
+        kv_dtype=jnp.float32,
+        forward: Forward | None = None,
+        steps_per_launch: int = 8,
+        check_invariants: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.config, self.model, self.tokenizer, self.driver = config, model, tokenizer, driver
+        self.records: list[RequestRecord] = []
+        self.steps: list[StepRecord] = []
+        self._params, self._clock = params, clock
+        self._state = core.init(config, model, kv_dtype)
+        forward = forward or functools.partial(execute.forward, model, attention=attention)
+        self._load = jax.jit(core.load, donate_argnums=0)
+        self._cancel = jax.jit(core.cancel, donate_argnums=0)
+        launch = functools.partial(core.step, config, policy, forward)
+        if driver is Driver.DEVICE_LOOP:
+            launch = functools.partial(core.run, config, policy, forward, steps_per_launch)
+        self._launch = jax.jit(launch, donate_argnums=1)
+        self._holds = jax.jit(functools.partial(invariants.holds, config)) if check_invariants else None
+        self._queue_key = _QUEUE_KEYS.get(policy.priority, lambda request: 0)
+        self._depth = 1 if driver is Driver.DISPATCH_AHEAD else 0
+        self._reports: collections.deque[core.StepReport] = collections.deque()
+        self._live: dict[int, _Live] = {}
+        self._serial_of: dict[str, int] = {}
+        self._queue: list[tuple[int, int]] = []
+        self._free_slots = list(range(config.num_slots))[::-1]
+        self._num_submitted = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests submitted and not yet finished, as far as the host knows."""
+        return len(self._live)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError, naming the value and the limit, if this engine can never serve `request`."""
+        who, how = f"request {request.request_id!r}", request.sampling
+        total = len(request.prompt_ids) + how.max_tokens
+        if total > self.config.max_len:
+            raise ValueError(
+                f"{who}: prompt of {len(request.prompt_ids)} tokens plus max_tokens={how.max_tokens} exceeds "
+                f"max_len={self.config.max_len}"
+            )
+        num_pages = int(pages_for(np.int32(total), self.config.page_size))
+        if num_pages > self.config.num_pages:
+            raise ValueError(f"{who}: needs {num_pages} pages at its longest, the pool has num_pages={self.config.num_pages}")
+        for name, ids in (("prompt token", request.prompt_ids), ("stop token", how.stop_tokens)):
+            unknown = next((i for i in ids if not 0 <= i < self.model.vocab_size), None)
+            if unknown is not None:
+                raise ValueError(f"{who}: {name} {unknown} is outside the vocabulary [0, {self.model.vocab_size})")
+        if len(self._stop_tokens(request)) > self.config.max_stop_tokens:
+            raise ValueError(
+                f"{who}: {len(self._stop_tokens(request))} stop tokens (end-of-sequence included) exceed "
+                f"max_stop_tokens={self.config.max_stop_tokens}"
+            )
+        if how.stop and self.tokenizer is None:
+            raise ValueError(f"{who}: stop strings {how.stop} need a tokenizer")
+        if request.request_id in self._serial_of:
+            raise ValueError(f"{who}: a request with this id is not finished yet")
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; it arrives now.  Raises ValueError as `check` does."""
+        self.check(request)
+        serial = self._num_submitted
+        self._num_submitted += 1
+        decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
+        self._live[serial] = _Live(request, self._clock(), decoder)
+        self._serial_of[request.request_id] = serial
+        heapq.heappush(self._queue, (self._queue_key(request), serial))
+
+    def poll(self) -> list[Event]:
+        """Feeds free slots, launches once, and returns what has become known; does nothing when all is finished."""
+        self._fill_slots()
+        if self._live:
+            self._state, report = self._launch(self._params, self._state)
+            self._reports.append(report)
+            if self._holds is not None:
+                invariants.check(self.config, self._state, self._holds(self._state))
+        events: list[Event] = []
+        while len(self._reports) > (self._depth if self._live else 0):
+            events += self._read(self._reports.popleft())
+        return events
+
+    def cancel(self, request_id: str) -> Output:
+        """Ends a request now and returns what it had.  Its pages are free when the next step is planned.
+
+        Raises KeyError for a request that is not running or queued.
+        """
+        serial = self._serial_of[request_id]
+        output = self._finish(serial, "cancelled", self._clock())
+        return output
+
+    def generate(self, requests: Sequence[Request], on_event: Callable[[Event], None] = lambda event: None) -> list[Output]:
+        """Serves all requests, offered at once, and returns their outputs in the order given.
+
+        Raises ValueError for the first request that cannot be served, or an id used twice, before any is started.
+        """
+        for request in requests:
+            self.check(request)
+        ids = [request.request_id for request in requests]
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"request id {next(i for i in ids if ids.count(i) > 1)!r} is used twice")
+        for request in requests:
+            self.submit(request)
+        return self._drain(ids, on_event)
+
+    def replay(self, requests: Sequence[Request], on_event: Callable[[Event], None] = lambda event: None) -> list[Output]:
+        """Serves requests that arrive at their `arrival_s`, in real time from now; idle until the next arrival."""
+        start = self._clock()
+        waiting = collections.deque(sorted(requests, key=lambda request: request.arrival_s))
+        outputs: dict[str, Output] = {}
+        while waiting or self._live:
+            while waiting and waiting[0].arrival_s <= self._clock() - start:
+                self.submit(waiting.popleft())
+            if not self._live:
+                time.sleep(max(0.0, min(0.01, waiting[0].arrival_s - (self._clock() - start))))
+            for event in self.poll():
+                on_event(event)
+                if event.output is not None:
+                    outputs[event.request_id] = event.output
+        return [outputs[request.request_id] for request in requests]
+
+    def warm_up(self) -> None:
+        """Compiles everything that serving needs, so that no request waits for it."""
+        nothing = self._arrivals([])
+        self._state = self._load(self._state, nothing)
+        self._state = self._cancel(self._state, jnp.zeros((self.config.num_slots,), bool))
+        self._state, report = self._launch(self._params, self._state)
+        jax.block_until_ready(report)
+
+    def reset_metrics(self) -> None:
+        """Forgets all records of requests and steps."""
+        self.records, self.steps = [], []
+
+    def _drain(self, ids: Sequence[str], on_event: Callable[[Event], None]) -> list[Output]:
+        outputs: dict[str, Output] = {}
+        while self._live:
+            for event in self.poll():
+                on_event(event)
+                if event.output is not None:
+                    outputs[event.request_id] = event.output
+        return [outputs[request_id] for request_id in ids]
+
+    def _fill_slots(self) -> None:
+        while self._queue and self._free_slots:
+            serials = []
+            while self._queue and self._free_slots and len(serials) < _LOAD_ROWS:
+                _, serial = heapq.heappop(self._queue)
+                if serial in self._live:  # else cancelled while queued
+                    self._live[serial].slot = self._free_slots.pop()
+                    serials.append(serial)
+            if serials:
+                self._state = self._load(self._state, self._arrivals(serials))
+
+    def _arrivals(self, serials: Sequence[int]) -> Arrivals:
+        """Rows for `serials`, padded to `_LOAD_ROWS`."""
+        config, rows = self.config, _LOAD_ROWS
+        live = [self._live[serial] for serial in serials]
+        how = [entry.request.sampling for entry in live]
+        tokens = np.zeros((rows, config.max_len), np.int32)
+        stop_tokens = np.full((rows, config.max_stop_tokens), NO_TOKEN, np.int32)
+        for row, entry in enumerate(live):
+            tokens[row, : len(entry.request.prompt_ids)] = entry.request.prompt_ids
+            stops = self._stop_tokens(entry.request)
+            stop_tokens[row, : len(stops)] = stops
+
+        def column(values, fill, dtype=np.int32):
+            return np.array([*values, *[fill] * (rows - len(live))], dtype)
+
+        prompt_lens = [len(entry.request.prompt_ids) for entry in live]
+        expected = [entry.request.expected_output_len or entry.request.sampling.max_tokens for entry in live]
+        return Arrivals(
+            slot=column([entry.slot for entry in live], config.num_slots),
+            request_id=column(serials, -1),
+            arrival=column(serials, 0),
+            tokens=tokens,
+            prompt_len=column(prompt_lens, 0),
+            max_tokens=column([n + h.max_tokens for n, h in zip(prompt_lens, how, strict=True)], 0),
+            expected_tokens=column([n + e for n, e in zip(prompt_lens, expected, strict=True)], 0),
+            temperature=column([h.temperature for h in how], 0.0, np.float32),
+            top_k=column([h.top_k for h in how], 0),
+            top_p=column([h.top_p for h in how], 1.0, np.float32),
+            seed=column([h.seed for h in how], 0, np.uint32),
+            stop_tokens=stop_tokens,
+            wants_logprob=column([h.logprobs for h in how], False, bool),
+        )
+
+    def _stop_tokens(self, request: Request) -> tuple[int, ...]:
+        eos = () if request.sampling.ignore_eos or self.tokenizer is None else self.tokenizer.eos_ids
+        return tuple(dict.fromkeys((*request.sampling.stop_tokens, *eos)))
+
+    def _read(self, report: core.StepReport) -> list[Event]:
+        """Turns one launch's report (stacked reports for the device loop) into events; waits for the device if it must."""
+        host = jax.tree.map(np.asarray, jax.device_get(report))
+        now = self._clock()
+        stacked = host if self.driver is Driver.DEVICE_LOOP else jax.tree.map(lambda x: x[None], host)
+        num_steps = stacked.token.shape[0]
+        events = []
+        for i in range(num_steps):
+            events += self._read_step(jax.tree.map(lambda x, i=i: x[i], stacked), now)
+        return events
+
+    def _read_step(self, report: core.StepReport, now: float) -> list[Event]:
+        if report.token_budget > 0:
+            counts = (report.num_decode_tokens, report.num_prefill_tokens, report.num_running, report.num_waiting)
+            self.steps.append(StepRecord(now, int(report.token_budget), *map(int, counts), int(report.pages_in_use)))
+        for slot in np.flatnonzero(report.preempted):
+            if (entry := self._live.get(int(report.request_id[slot]))) is not None:
+                entry.num_preemptions += 1
+        events = []
+        for slot in np.flatnonzero(report.token != NO_TOKEN):
+            serial = int(report.request_id[slot])
+            if serial in self._live:  # else cancelled, or ended by a stop string, while the step was under way
+                events.append(self._append(serial, int(report.token[slot]), float(report.logprob[slot]), Finish(report.finish[slot]), now))
+        return events
+
+    def _append(self, serial: int, token: int, logprob: float, finish: Finish, now: float) -> Event:
+        entry = self._live[serial]
+        if not entry.token_ids:
+            entry.first_token_s = now
+        entry.token_ids.append(token)
+        entry.logprobs.append(logprob)
+        before = entry.num_emitted
+        reason = _REASONS[finish]
+        if entry.decoder is not None:
+            if finish is not Finish.STOP:
+                entry.text += entry.decoder.push(token)
+            if reason is not None:
+                entry.text += entry.decoder.flush()
+            cut = _find_stop(entry.text, before, entry.request.sampling.stop)
+            if cut is not None:
+                entry.text, reason = entry.text[:cut], "stop"
+                entry.num_emitted = max(before, cut)
+            else:
+                held = 0 if reason is not None else _held_back(entry.text, entry.request.sampling.stop)
+                entry.num_emitted = max(before, len(entry.text) - held)
+        request_id = entry.request.request_id
+        output = self._finish(serial, reason, now, on_device=finish is Finish.NOT) if reason is not None else None
+        return Event(request_id, (token,), entry.text[before : entry.num_emitted], output)
+
+    def _finish(self, serial: int, reason: str, now: float, *, on_device: bool = True) -> Output:
+        """Closes the books of a request; `on_device`: the device still holds it and must forget it."""
+        entry = self._live.pop(serial)
+        request = entry.request
+        del self._serial_of[request.request_id]
+        if entry.slot is not None:
+            if on_device:
+                self._state = self._cancel(self._state, jnp.arange(self.config.num_slots) == entry.slot)
+            self._free_slots.append(entry.slot)
+        record = RequestRecord(
+            request_id=request.request_id, arrival_s=entry.arrival_s, first_token_s=entry.first_token_s, finish_s=now,
+            input_len=len(request.prompt_ids), output_len=len(entry.token_ids), num_preemptions=entry.num_preemptions,
+            finish_reason=reason,
+        )  # fmt: skip
+        self.records.append(record)
+        text = entry.text if entry.decoder is not None else None
+        logprobs = tuple(entry.logprobs) if request.sampling.logprobs else None
+        return Output(request.request_id, tuple(entry.token_ids), text, logprobs, reason, record)
+
+
+_LOAD_ROWS = 8
+"""Requests that one `load` call can carry; each row holds a whole prompt buffer."""
+
+_REASONS = {Finish.NOT: None, Finish.STOP: "stop", Finish.LENGTH: "length"}
+
+_QUEUE_KEYS: dict[scheduler.PriorityFn, Callable[[Request], int]] = {
+    scheduler.shortest_prompt: lambda request: len(request.prompt_ids),
+    scheduler.shortest_job: lambda request: (
+        len(request.prompt_ids) + (request.expected_output_len or request.sampling.max_tokens)
+    ),
+}
+"""The host's queue of requests that have no slot yet is in the order of the device's."""
+
+
+def _find_stop(text: str, num_emitted: int, stops: Sequence[str]) -> int | None:
+    """Where the earliest stop string begins; only text that was not given out yet can hold its end."""
+    found = [at for stop in stops if (at := text.find(stop, max(0, num_emitted - len(stop)))) >= 0]
+    return min(found, default=None)
+
+
+def _held_back(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest tail of `text` that could still become a stop string."""
+    lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
+    return max(lengths, default=0)

@@ -1,0 +1,64 @@
+"""What does paged attention promise, and which implementation keeps the promise here?"""
+
+import math
+
+
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.paged_attention import reference, xla
+
+
+def paged_attention(
+    q: Float[Array, "T H h"],
+    k_pages: Float[Array, "L N K p h"],
+    v_pages: Float[Array, "L N K p h"],
+    layer: int,
+    kv_lens: Int32[Array, "R"],
+    page_indices: Int32[Array, "R P"],
+    cu_q_lens: Int32[Array, "R+1"],
+    num_decode: Int32[Array, ""],
+    *,
+    sm_scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "T H h"]:
+    """Causal attention of a flat ragged batch over keys and values in pages.
+
+    The first `num_decode` rows have one query token each, the others (prefill chunks) any number; rows without query
+    tokens come last.  Query token i of row r, `cu_q_lens[r] <= i < cu_q_lens[r + 1]`, sits at position
+    `kv_lens[r] - cu_q_lens[r + 1] + i` and sees the positions up to its own.  Their keys and values are in the pages
+    already: position s of row r lies in page `page_indices[r, s // p]` at offset `s % p`.  Nothing else is read into
+    a result, so other pages and the rest of a row's last page may hold anything, NaN too.
+
+    Args:
+      q: query heads in order of their KV head, `G = H // K` for each.
+      k_pages, v_pages: the caches of all layers.
+      layer: which of the L caches to read.
+      kv_lens: tokens of each row, this step's included; at least the row's query tokens.
+      page_indices: entries beyond `ceil(kv_lens[r] / p)` are ignored; all are in [0, N).
+      cu_q_lens: prefix sum of query tokens; tokens from `cu_q_lens[-1]` on are padding.
+      num_decode: at most min(R, T).
+      sm_scale: factor on the scores; 1 / sqrt(h) if None.
+      implementation: None is the best one for the platform.
+
+    Returns:
+      Weighted values in the dtype of `q`, accumulated in float32; 0 for padding tokens.
+
+    Raises:
+      ValueError: H is no multiple of K, or `layer` is not in [0, L).
+      NotImplementedError: the implementation named does not exist.
+    """
+    num_heads, head_dim = q.shape[1:]
+    num_layers, _, num_kv_heads = k_pages.shape[:3]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"H={num_heads} query heads are no multiple of K={num_kv_heads} KV heads")
+    if not 0 <= layer < num_layers:
+        raise ValueError(f"layer={layer} is not in [0, {num_layers})")
+    match implementation:
+        case None | "xla":
+            attend = xla.paged_attention
+        case "reference":
+            attend = reference.paged_attention
+        case _:
+            raise NotImplementedError(f"implementation={implementation!r} is none of 'reference', 'xla'")
+    scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
+    return attend(q, k_pages, v_pages, layer, kv_lens, page_indices, cu_q_lens, num_decode, sm_scale=scale)

@@ -1,0 +1,76 @@
+"""Law: any program of grow, share and release keeps every page with exactly its holders (checked against Python lists)."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanojax import kv_cache
+from nanojax.config import EngineConfig
+from nanojax.kv_cache import KVPages
+
+CONFIG = EngineConfig(num_slots=4, num_pages=12, max_len=20, page_size=4)
+S, P, N = CONFIG.num_slots, CONFIG.pages_per_slot, CONFIG.num_pages
+
+grow = jax.jit(chex.assert_max_traces(kv_cache.grow, n=1), static_argnums=2)
+share = jax.jit(chex.assert_max_traces(kv_cache.share, n=1))
+release = jax.jit(chex.assert_max_traces(kv_cache.release, n=1))
+
+per_slot = st.lists(st.integers(0, 3), min_size=S, max_size=S)
+operations = st.one_of(
+    st.tuples(st.just("grow"), per_slot),
+    st.tuples(st.just("release"), st.lists(st.booleans(), min_size=S, max_size=S)),
+    st.tuples(st.just("share"), st.tuples(st.integers(0, S - 1), st.integers(0, S - 1), st.integers(0, P))),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(operations, max_size=12))
+def test_pool_equals_python_lists(program):
+    pool, held = kv_cache.init_pool(CONFIG), [[] for _ in range(S)]
+    for name, argument in program:
+        owned = {page for pages in held for page in pages}
+        if name == "grow":
+            if sum(argument) > N - len(owned) or any(len(h) + n > P for h, n in zip(held, argument, strict=True)):
+                continue
+            pool = grow(pool, jnp.array(argument, jnp.int32), N)
+            for slot, n in enumerate(argument):
+                table = np.asarray(pool.page_indices[slot])
+                new = table[len(held[slot]) : len(held[slot]) + n].tolist()
+                assert not owned & set(new), "a page that somebody holds was handed out"
+                owned |= set(new)
+                held[slot] += new
+        elif name == "share":
+            source, target, count = argument
+            if held[target] or count > len(held[source]) or source == target:
+                continue
+            pool = share(pool, jnp.int32(source), jnp.int32(target), jnp.int32(count))
+            held[target] = held[source][:count]
+        else:
+            pool = release(pool, jnp.array(argument))
+            held = [[] if gone else pages for pages, gone in zip(held, argument, strict=True)]
+        assert_same(pool, held)
+
+
+def assert_same(pool, held):
+    table, num = np.asarray(pool.page_indices), np.asarray(pool.num_pages)
+    assert [table[s, : num[s]].tolist() for s in range(S)] == held
+    counts = np.bincount([page for pages in held for page in pages], minlength=N)
+    np.testing.assert_array_equal(pool.ref_count, counts)
+    assert sorted(np.asarray(pool.free[: int(pool.num_free)]).tolist()) == np.flatnonzero(counts == 0).tolist()
+
+
+def test_write_reaches_its_page_and_offset_and_drops_padding():
+    kv = KVPages(k=jnp.zeros((2, 5, 3, 4, 8)), v=jnp.zeros((2, 5, 3, 4, 8)))
+    k = jax.random.normal(jax.random.key(0), (3, 3, 8))
+    new = kv_cache.write(kv, 1, k, 2 * k, jnp.array([4, 0, 5]), jnp.array([3, 0, 1]))
+    expected = np.zeros((2, 5, 3, 4, 8), np.float32)
+    expected[1, 4, :, 3], expected[1, 0, :, 0] = k[0], k[1]
+    np.testing.assert_array_equal(new.k, expected)
+    np.testing.assert_array_equal(new.v, 2 * expected)
+
+
+def test_pages_for_rounds_up():
+    np.testing.assert_array_equal(kv_cache.pages_for(jnp.array([0, 1, 4, 5, 8]), 4), [0, 1, 1, 2, 2])

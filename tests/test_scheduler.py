@@ -1,0 +1,169 @@
+"""Laws of `plan`, `admit` and the forecasts, against a scheduler in plain Python."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import python_scheduler
+from nanojax import admission, kv_cache, scheduler
+from nanojax.config import EngineConfig
+from nanojax.scheduler import Batching, PhaseOrder, Policy
+
+PAGE = 4
+CONFIG = EngineConfig(token_budgets=(16,), num_slots=5, num_pages=14, max_len=40, page_size=PAGE)
+S, N = CONFIG.num_slots, CONFIG.num_pages
+
+
+def policy(phase_order=PhaseOrder.DECODE_FIRST, forecast=admission.greedy, batching=Batching.CONTINUOUS):
+    return Policy(forecast, scheduler.shortest_prompt, phase_order, batching)
+
+
+@functools.cache
+def jitted_plan(phase_order):
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def plan(state, pool, budget):
+        return scheduler.plan(CONFIG, policy(phase_order), state, pool, budget)
+
+    return plan
+
+
+@functools.cache
+def jitted_admit(forecast, batching):
+    return jax.jit(functools.partial(scheduler.admit, CONFIG, policy(forecast=forecast, batching=batching)))
+
+
+@st.composite
+def states(draw):
+    """Reachable states: computed tokens lie exactly in the pages held, pages do not exceed the pool."""
+    rows, free = [], N
+    for slot in range(S):
+        resident = draw(st.booleans())
+        active = resident and draw(st.booleans())
+        prompt = draw(st.integers(1, 20))
+        num_tokens = prompt + draw(st.integers(0, 10))
+        computed = draw(st.integers(0, num_tokens - 1)) if active else 0
+        if active and draw(st.booleans()):
+            computed = num_tokens - 1  # decoding
+        pages = -(-computed // PAGE)
+        if pages > free:
+            computed, pages = 0, 0
+        free -= pages
+        extra = draw(st.integers(1, 10))
+        rows.append((resident, active, prompt, num_tokens, computed, pages, num_tokens + extra, slot))
+    order = draw(st.permutations(range(S)))
+    return rows, order
+
+
+def arrays(rows, order):
+    resident, active, prompt, num_tokens, computed, pages, limit, _ = (np.array(column) for column in zip(*rows, strict=True))
+    state = scheduler.init(S)
+    state = state.replace(
+        resident=jnp.array(resident), active=jnp.array(active), prompt_len=jnp.array(prompt, jnp.int32),
+        num_tokens=jnp.array(num_tokens, jnp.int32), num_computed=jnp.array(computed, jnp.int32),
+        max_tokens=jnp.array(limit, jnp.int32), expected_tokens=jnp.array(limit, jnp.int32),
+        arrival=jnp.array(order, jnp.int32), request_id=jnp.arange(S, dtype=jnp.int32),
+    )  # fmt: skip
+    pool = kv_cache.grow(kv_cache.init_pool(CONFIG), jnp.array(pages, jnp.int32), N)
+    return state, pool
+
+
+@pytest.mark.parametrize("phase_order", list(PhaseOrder))
+@settings(max_examples=300, deadline=None)
+@given(data=states(), budget=st.integers(1, 16))
+def test_plan_equals_python(phase_order, data, budget):
+    rows, order = data
+    state, pool = arrays(rows, order)
+    step_plan = jitted_plan(phase_order)(state, pool, jnp.int32(budget))
+    oracle = [
+        python_scheduler.Row(arrival=a, num_tokens=r[3], num_computed=r[4], pages=r[5], active=r[1], rank=r[2])
+        for r, a in zip(rows, order, strict=True)
+    ]
+    tokens, victim = python_scheduler.plan(oracle, int(pool.num_free), budget, PAGE, phase_order is PhaseOrder.DECODE_FIRST)
+    np.testing.assert_array_equal(step_plan.q_lens, tokens)
+    np.testing.assert_array_equal(np.flatnonzero(step_plan.preempt), [] if victim is None else [victim])
+
+    # Laws that hold whatever the oracle says.
+    q, new = np.asarray(step_plan.q_lens), np.asarray(step_plan.new_pages)
+    assert q.sum() <= budget
+    freed = rows[victim][5] if victim is not None else 0
+    assert new.sum() <= int(pool.num_free) + freed
+    assert victim is None or freed > 0, "a preemption that frees no page"
+    for row, taken, added in zip(rows, q, new, strict=True):
+        assert (row[4] + taken) <= (row[5] + added) * PAGE
+    laid_out = q[np.asarray(step_plan.order)]
+    num_decode = int(step_plan.num_decode)
+    assert (laid_out[:num_decode] == 1).all()
+    assert (laid_out[num_decode : num_decode + (q > 1).sum()] > 1).all()
+    assert sorted(np.asarray(step_plan.order).tolist()) == list(range(S))
+    if any(r[1] for r in rows) and victim is None and sum(r[1] for r in rows) > 1:
+        assert q.sum() > 0, "active requests, and none moves"
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=states(), batching=st.sampled_from(list(Batching)), rule=st.sampled_from(["greedy", "reserve_max", "oracle"]))
+def test_admit_takes_the_longest_prefix_of_the_queue_that_fits(data, batching, rule):
+    rows, order = data
+    state, pool = arrays(rows, order)
+    forecast = getattr(admission, rule)
+    after = jitted_admit(forecast, batching)(state, pool)
+    is_short = bool(scheduler.is_short_of_pages(CONFIG, state, pool))
+    active = np.array([r[1] for r in rows])
+    expected = active.copy()
+    if not is_short and not (batching is Batching.STATIC and active.any()):
+        queue = sorted((i for i in range(S) if rows[i][0] and not rows[i][1]), key=lambda i: (rows[i][2], order[i]))
+        for i in queue:
+            joined = expected.copy()
+            joined[i] = True
+            if expected.any() and int(forecast(state, jnp.array(joined), PAGE)) > N:
+                break
+            expected = joined
+    np.testing.assert_array_equal(after.active, expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(-3, 40), st.booleans()), min_size=6, max_size=6))
+def test_peak_forecast_equals_brute_force(requests):
+    num_tokens, remaining, active = (np.array(column) for column in zip(*requests, strict=True))
+    ours = admission.peak_pages(jnp.array(num_tokens, jnp.int32), jnp.array(remaining, jnp.int32), jnp.array(active), PAGE)
+    brute = python_scheduler.peak_pages(num_tokens[active].tolist(), remaining[active].tolist(), PAGE)
+    assert int(ours) == brute
+
+
+def finished(lens):
+    state = scheduler.init(S)
+    return state.replace(
+        finished_lens=state.finished_lens.at[: len(lens)].set(jnp.array(lens, jnp.int32)), num_finished=jnp.int32(len(lens))
+    )
+
+
+def test_peak_memory_uses_the_prior_until_a_request_has_finished_then_the_average():
+    active = jnp.arange(S) == 0
+    one = {"prompt_len": jnp.full(S, 8), "num_tokens": jnp.full(S, 9), "max_tokens": jnp.full(S, 100)}
+    forecast = functools.partial(admission.peak_memory, expected_output_len=12)
+    assert int(forecast(scheduler.init(S).replace(**one), active, PAGE)) == -(-(8 + 12 - 1) // PAGE)
+    assert int(forecast(finished([4, 8]).replace(**one), active, PAGE)) == -(-(8 + 6 - 1) // PAGE)
+    assert int(forecast(finished([1]).replace(**one), active, PAGE)) == -(-9 // PAGE), "outlived: one step from its end"
+
+
+def test_past_future_draws_only_longer_outputs_and_repeats_itself():
+    active = jnp.arange(S) == 0
+    state = finished([2, 3, 30]).replace(
+        prompt_len=jnp.full(S, 8), num_tokens=jnp.full(S, 12), max_tokens=jnp.full(S, 100), request_id=jnp.arange(S)
+    )
+    forecast = functools.partial(admission.past_future, expected_output_len=12, seed=0)
+    assert int(forecast(state, active, PAGE)) == -(-(8 + 30 - 1) // PAGE), "only 30 is longer than the 4 generated"
+    assert int(forecast(state, active, PAGE)) == int(forecast(state, active, PAGE))
+    outlived = state.replace(num_tokens=jnp.full(S, 40))
+    assert int(forecast(outlived, active, PAGE)) == -(-(100 - 1) // PAGE), "none is longer: its maximum"
+
+
+def test_unknown_admission_rule_is_named():
+    with pytest.raises(ValueError, match="'optimistic' is none of"):
+        admission.make_forecast("optimistic")

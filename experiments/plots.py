@@ -17,11 +17,12 @@ from absl import app, flags
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from experiments.record import read_record
 
-__all__ = ["plot_latency", "plot_sweep", "plot_timeline"]
+__all__ = ["draw", "plot_latency", "plot_sweep", "plot_timeline"]
 
 Record = Mapping[str, Any]
 
@@ -30,7 +31,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "
 LINE_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e6e6e6"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif", "font.size": 11, "text.color": INK, "axes.labelcolor": INK,
     "axes.edgecolor": "#b0b0b0", "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8,
@@ -71,7 +72,7 @@ def plot_timeline(record: Record, path: str | os.PathLike[str]) -> pathlib.Path:
         _label(top, "tokens / s")
 
         middle.plot(time_s, table["num_running"], color=GREEN, label="running")
-        middle.plot(time_s, table["num_waiting"], color=VERMILION, linestyle=(0, (5, 2)), label="waiting")
+        middle.plot(time_s, table["num_waiting"], color=VERMILION, linestyle=(0, (3, 1.5)), label="waiting")
         _label(middle, "requests")
 
         bottom.fill_between(time_s, table["pages_in_use"], color=PURPLE, alpha=0.35, linewidth=0)
@@ -98,7 +99,7 @@ def plot_latency(
 
     Reads `series["latency"]`: `request_rate_per_s`, `normalized_latency_s_per_token_mean`, optionally `..._p99`.
     `slo_s_per_token` draws the service level (the paper's is 0.2 s per token); None draws none.
-    Raises ValueError without records.
+    Raises ValueError without records, or with more of them than can be told apart (6).
     """
     if not records:
         raise ValueError("plot_latency needs at least 1 record, got 0")
@@ -106,19 +107,19 @@ def plot_latency(
     name = "normalized_latency_s_per_token"
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure("Latency against request rate", records, (3.6,))
-        for record, label, color, marker in zip(records, labels, LINE_COLORS, MARKERS, strict=False):
+        for record, label, (color, marker) in zip(records, labels, _line_styles(len(records)), strict=True):
             table = _table(record, "latency")
-            rate, mean = table["request_rate_per_s"], table[f"{name}_mean"]
+            rate, mean = table["request_rate_per_s"], _gaps(table[f"{name}_mean"])
             axes.plot(rate, mean, color=color, marker=marker, markersize=6, label=f"{label} ({record['origin']})")
             if f"{name}_p99" in table:
-                axes.fill_between(rate, mean, table[f"{name}_p99"], color=color, alpha=0.15, linewidth=0)
+                axes.fill_between(rate, mean, _gaps(table[f"{name}_p99"]), color=color, alpha=0.15, linewidth=0)
         if slo_s_per_token is not None:
             axes.axhline(slo_s_per_token, color=INK, linewidth=1.2, linestyle=DASHED)
             axes.annotate(
-                f"SLO: {_number(slo_s_per_token)} s / token", (0.01, slo_s_per_token), xycoords=("axes fraction", "data"),
-                xytext=(0, 5), textcoords="offset points", fontsize=10, color=MUTED,
+                f"SLO: {_number(slo_s_per_token)} s / token", (0.01, slo_s_per_token), fontsize=10, color=MUTED,
+                xycoords=("axes fraction", "data"), xytext=(0, 5), textcoords="offset points",
             )  # fmt: skip
-        _label(axes, "normalized latency (s / token)\nmean, shaded to p99")
+        _label(axes, "normalized latency (s / token)\nmean, shaded to p99", num_ticks=7)
         axes.set_xlabel("request rate (requests / s)")
         axes.set_xlim(left=0)
         return _save(figure, path)
@@ -128,7 +129,7 @@ def plot_sweep(record: Record, metric: str, path: str | os.PathLike[str]) -> pat
     """One metric against the swept flag; with two swept flags, a line per value of the first.
 
     Reads `series["sweep"]` (`experiments.sweep.sweep_series`), whose leading columns named in `config["swept"]` are the
-    flags.  Raises ValueError when `metric` is not there, or more than two flags were swept.
+    flags.  Raises ValueError when `metric` is not there, more than two flags were swept, or more than 6 lines result.
     """
     table = _table(record, "sweep")
     swept = list(record["config"].get("swept", []))
@@ -139,10 +140,11 @@ def plot_sweep(record: Record, metric: str, path: str | os.PathLike[str]) -> pat
             raise ValueError(f"series['sweep'] has no column {column!r}: {', '.join(table)}")
     *grouping, flag = swept
     positions, tick_labels = _positions(table[flag])
+    title = _words(metric).partition(" (")[0]
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = _figure(f"{_words(metric)[:1].upper()}{_words(metric)[1:]} by {flag}", [record], (3.4,))
+        figure, (axes,) = _figure(f"{title[:1].upper()}{title[1:]} by {flag}", [record], (3.4,))
         groups = list(dict.fromkeys(table[grouping[0]])) if grouping else [None]
-        for group, color, marker in zip(groups, LINE_COLORS, MARKERS, strict=False):
+        for group, (color, marker) in zip(groups, _line_styles(len(groups)), strict=True):
             rows = [i for i in range(len(positions)) if group is None or table[grouping[0]][i] == group]
             x, y = [positions[i] for i in rows], [table[metric][i] for i in rows]
             label = None if group is None else f"{grouping[0]} = {group}"
@@ -153,10 +155,11 @@ def plot_sweep(record: Record, metric: str, path: str | os.PathLike[str]) -> pat
                         axes.annotate(
                             _number(table[metric][i]), (positions[i], table[metric][i]),
                             xytext=(0, 9), textcoords="offset points", ha="center", fontsize=10,
+                            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0}, zorder=1.5,
                         )  # fmt: skip
         axes.set_xticks(list(tick_labels), list(tick_labels.values()))
         axes.margins(x=0.06)
-        _label(axes, _words(metric))
+        _label(axes, _words(metric), num_ticks=7)
         axes.set_xlabel(flag)
         return _save(figure, path)
 
@@ -174,9 +177,9 @@ def _figure(title: str, records: Sequence[Record], panel_inches: Sequence[float]
     sources = list(dict.fromkeys(map(_source, records)))
     header = 0.52 + 0.2 * len(sources)
     height = header + sum(panel_inches) + 0.55
-    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, layout="constrained")
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - header / height), h_pad=0.05, w_pad=0.08)
+    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - header / height), h_pad=0.05, w_pad=0.08)
     axes = figure.subplots(len(panel_inches), 1, sharex=True, height_ratios=panel_inches, squeeze=False)[:, 0]
     figure.text(0.015, 1 - 0.14 / height, title, fontsize=14, fontweight="bold", va="top")
     figure.text(0.015, 1 - 0.46 / height, "\n".join(sources), fontsize=9.5, color=MUTED, va="top", linespacing=1.4)
@@ -194,10 +197,10 @@ def _source(record: Record) -> str:
     return f"{record['experiment']}: {record['origin']}, {record['device']['name']}, commit {commit}"
 
 
-def _label(axes: Axes, y_label: str) -> None:
+def _label(axes: Axes, y_label: str, num_ticks: int = 5) -> None:
     axes.set_ylabel(y_label)
     axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.04)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, min_n_ticks=3, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=num_ticks, min_n_ticks=3, steps=[1, 2, 2.5, 5, 10]))
     if axes.get_ylim()[1] >= 10_000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     elif axes.get_ylim()[1] >= 1000:
@@ -207,6 +210,13 @@ def _label(axes: Axes, y_label: str) -> None:
         axes.legend(
             handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(handles), borderaxespad=0.1
         )
+
+
+def _line_styles(num_lines: int) -> list[tuple[str, str]]:
+    """Colour and marker of each line."""
+    if num_lines > len(LINE_COLORS):
+        raise ValueError(f"{num_lines} lines in one figure; at most {len(LINE_COLORS)} can be told apart")
+    return [(LINE_COLORS[i], MARKERS[i]) for i in range(num_lines)]
 
 
 def _positions(values: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
@@ -244,23 +254,29 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> pathlib.Path:
     return path
 
 
-_OUT = flags.DEFINE_string("out", "experiments/figures", "Folder for the figures.")
-_METRIC = flags.DEFINE_string("metric", "total_tokens_per_s", "Metric that is drawn for a sweep.")
+def draw(record_path: str | os.PathLike[str], folder: str | os.PathLike[str], sweep_metric: str) -> list[pathlib.Path]:
+    """Draws every series of a record that has a figure, as `<record>_<series>.png`; gives the files."""
+    record, folder, stem = read_record(record_path), pathlib.Path(folder), pathlib.Path(record_path).stem
+    drawn = []
+    if "timeline" in record["series"]:
+        drawn.append(plot_timeline(record, folder / f"{stem}_timeline.png"))
+    if "latency" in record["series"]:
+        drawn.append(plot_latency([record], folder / f"{stem}_latency.png"))
+    if "sweep" in record["series"]:
+        drawn.append(plot_sweep(record, sweep_metric, folder / f"{stem}_sweep.png"))
+    return drawn
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) < 2:
         raise app.UsageError("name at least one record file")
-    out = pathlib.Path(_OUT.value)
     for name in argv[1:]:
-        record, stem = read_record(name), pathlib.Path(name).stem
-        if "timeline" in record["series"]:
-            print(plot_timeline(record, out / f"{stem}_timeline.png"))
-        if "latency" in record["series"]:
-            print(plot_latency([record], out / f"{stem}_latency.png"))
-        if "sweep" in record["series"]:
-            print(plot_sweep(record, _METRIC.value, out / f"{stem}_sweep.png"))
+        for path in draw(name, flags.FLAGS.out, flags.FLAGS.metric):
+            print(path)
 
 
 if __name__ == "__main__":
+    # Here rather than at the top, so that experiments which import this file are free to name their flags.
+    flags.DEFINE_string("out", "experiments/figures", "Folder for the figures.")
+    flags.DEFINE_string("metric", "total_tokens_per_s", "Metric that is drawn for a sweep.")
     app.run(main)

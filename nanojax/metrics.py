@@ -96,11 +96,11 @@ def summarize(
     | `request_throughput_per_s` | requests / duration |
     | `ttft_s_*` | first token - arrival; requests with an output |
     | `tpot_s_*` | (finish - first token) / (output_len - 1); requests with output_len >= 2 |
-    | `normalized_latency_s_per_token_*` | (finish - arrival) / output_len (paper section 6.3); likewise |
+    | `normalized_latency_s_per_token_*` | (finish - arrival) / output_len (paper section 6.3); as TTFT |
     | `e2e_latency_s_*` | finish - arrival |
     | `optimal_tokens_per_s`, `percent_of_optimal` | paper Eq. 5; when `peak_flops` and `num_active_params` are given |
     | `num_*` | counts: requests, tokens, preemptions, steps |
-    | `*_tokens_per_step_mean` | tokens of a step, its decode part, its prefill part; plain mean over the steps |
+    | `*_tokens_per_step_mean` | tokens of a step and its decode and prefill parts (recomputed too); mean over steps |
     | `budget_fill_fraction` | tokens of all steps / token budgets of all steps: what padding leaves |
     | `num_running_mean`, `num_waiting_mean`, `pages_in_use_mean`, `_max` | over the steps |
     | `page_occupancy_fraction_mean`, `_max` | pages in use / `num_pages`; when that is given |

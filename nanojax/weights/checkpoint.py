@@ -148,9 +148,9 @@ def _layer_expert(read: ReadTensor, expert: int, dtype: DTypeLike) -> Params:
 
 
 def fuse_qkv(
-    config: ModelConfig, q: Num[np.ndarray, "H*h ..."], k: Num[np.ndarray, "K*h ..."], v: Num[np.ndarray, "K*h ..."]
-) -> Num[np.ndarray, "K G+2 h ..."]:
-    """Three matrices (or biases) -> per key/value head its query heads, its key, its value."""
+    config: ModelConfig, q: Num[np.ndarray, "q_rows *D"], k: Num[np.ndarray, "kv_rows *D"], v: Num[np.ndarray, "kv_rows *D"]
+) -> Num[np.ndarray, "K G2 h *D"]:
+    """Three matrices (or biases) -> per key/value head its query heads, its key, its value (`G2 = G + 2`)."""
     heads = (config.num_kv_heads, -1, config.head_dim, *q.shape[1:])
     return np.concatenate([q.reshape(heads), k.reshape(heads), v.reshape(heads)], axis=1)
 

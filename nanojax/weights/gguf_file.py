@@ -132,7 +132,7 @@ def dequantize(file: GgufFile, name: str) -> Float32[np.ndarray, "..."]:
     return values.reshape(tensor.shape)
 
 
-def unpermute(rows: Float32[np.ndarray, "heads*h ..."], num_heads: int) -> Float32[np.ndarray, "heads*h ..."]:
+def unpermute(rows: Float32[np.ndarray, "rows *D"], num_heads: int) -> Float32[np.ndarray, "rows *D"]:
     """Rows of interleaved RoPE pairs (2i, 2i+1) -> half-split pairs (i, i + h/2), head by head."""
     pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
@@ -162,10 +162,16 @@ def _model_config(file: GgufFile) -> ModelConfig:
             raise ValueError(f"{file.path}: metadata key {architecture}.{key} is missing")
         return found
 
+    def count(key: str, default: Any = None) -> int:
+        found = value(key, default)
+        if not isinstance(found, int) or found <= 0:
+            raise ValueError(f"{file.path}: {architecture}.{key} is {found!r}; expected a positive integer")
+        return found
+
     for key, plain in (("expert_count", 0), ("attention.sliding_window", 0), ("rope.scaling.type", "none")):
         if value(key, plain) != plain:
             raise ValueError(f"{file.path}: {architecture}.{key} is {value(key)!r}, which is not supported; expected {plain!r}")
-    head_dim = value("attention.key_length", value("embedding_length") // value("attention.head_count"))
+    head_dim = count("attention.key_length", count("embedding_length") // count("attention.head_count"))
     for key in ("rope.dimension_count", "attention.value_length"):
         if value(key, head_dim) != head_dim:
             raise ValueError(f"{file.path}: {architecture}.{key} is {value(key)}; only the head dimension {head_dim} is supported")
@@ -173,14 +179,14 @@ def _model_config(file: GgufFile) -> ModelConfig:
         raise ValueError(f"{file.path}: tensor 'token_embd.weight' is missing")
     return ModelConfig(
         name=str(file.metadata.get("general.name", file.path.stem)),
-        num_layers=value("block_count"),
-        d_model=value("embedding_length"),
-        num_heads=value("attention.head_count"),
-        num_kv_heads=value("attention.head_count_kv", value("attention.head_count")),
+        num_layers=count("block_count"),
+        d_model=count("embedding_length"),
+        num_heads=count("attention.head_count"),
+        num_kv_heads=count("attention.head_count_kv", count("attention.head_count")),
         head_dim=head_dim,
-        d_ff=value("feed_forward_length"),
+        d_ff=count("feed_forward_length"),
         vocab_size=file.tensors["token_embd.weight"].shape[0],
-        max_len=value("context_length"),
+        max_len=count("context_length"),
         rope_theta=float(value("rope.freq_base", 1e4)),
         rms_eps=float(np.format_float_scientific(np.float32(value("attention.layer_norm_rms_epsilon")), unique=True)),
         rope_scaling=_rope_scaling(file, head_dim, float(value("rope.freq_base", 1e4))),
@@ -226,6 +232,8 @@ def _value(data: UInt8[np.ndarray, "file"], at: int, kind: GGUFValueType) -> tup
     if item_kind in _SCALARS:
         item = np.dtype(_SCALARS[item_kind])
         return np.frombuffer(data, item, length, at).tolist(), at + item.itemsize * length
+    if item_kind == GGUFValueType.STRING:
+        return _strings(data, at, length)
     items = []
     for _ in range(length):
         element, at = _value(data, at, item_kind)
@@ -234,11 +242,20 @@ def _value(data: UInt8[np.ndarray, "file"], at: int, kind: GGUFValueType) -> tup
 
 
 def _string(data: UInt8[np.ndarray, "file"], at: int) -> tuple[str, int]:
-    (length,) = struct.unpack_from("<Q", data, at)
-    end = at + 8 + length
-    if end > data.size:
-        raise ValueError(f"a string at byte {at} ends at byte {end}; the file has {data.size}")
-    return data[at + 8 : end].tobytes().decode(), end
+    (text,), at = _strings(data, at, 1)
+    return text, at
+
+
+def _strings(data: UInt8[np.ndarray, "file"], at: int, count: int) -> tuple[list[str], int]:
+    buffer, texts = memoryview(data), []
+    for _ in range(count):
+        (length,) = struct.unpack_from("<Q", buffer, at)
+        end = at + 8 + length
+        if end > len(buffer):
+            raise ValueError(f"a string at byte {at} ends at byte {end}; the file has {len(buffer)}")
+        texts.append(str(buffer[at + 8 : end], "utf-8"))
+        at = end
+    return texts, at
 
 
 def _tensor_infos(data: UInt8[np.ndarray, "file"], num_tensors: int, at: int) -> tuple[dict[str, GgufTensor], int]:

@@ -112,10 +112,10 @@ def _model_config(path: Path, spec: Mapping[str, Any]) -> ModelConfig:
     is_moe, is_qwen_moe = architecture in ("MixtralForCausalLM", "Qwen3MoeForCausalLM"), architecture == "Qwen3MoeForCausalLM"
 
     def value(*keys: str) -> Any:
-        for key in keys:
-            if spec.get(key) is not None:
-                return spec[key]
-        raise ValueError(f"{path}: key {' or '.join(keys)} is missing")
+        found = next((spec[key] for key in keys if spec.get(key) is not None), None)
+        if not isinstance(found, int | float) or found <= 0:
+            raise ValueError(f"{path}: key {' or '.join(keys)} is {found!r}; expected a positive number")
+        return found
 
     if is_qwen_moe and not spec.get("norm_topk_prob"):
         raise ValueError(f"{path}: norm_topk_prob is {spec.get('norm_topk_prob')!r}, which is not supported; expected True")
@@ -133,7 +133,7 @@ def _model_config(path: Path, spec: Mapping[str, Any]) -> ModelConfig:
         vocab_size=value("vocab_size"),
         max_len=value("max_position_embeddings"),
         rope_theta=theta,
-        rms_eps=value("rms_norm_eps"),
+        rms_eps=float(value("rms_norm_eps")),
         rope_scaling=scaling,
         qkv_bias=architecture == "Qwen2ForCausalLM",
         qk_norm=architecture.startswith("Qwen3"),
@@ -163,8 +163,8 @@ def _rope(path: Path, spec: Mapping[str, Any], default_theta: float) -> tuple[fl
             return theta, None
         case "llama3":
             try:
-                original_max_len = rope["original_max_position_embeddings"]
-                return theta, RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], original_max_len)
+                factors = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+                return theta, RopeScaling(*factors, original_max_len=rope["original_max_position_embeddings"])
             except KeyError as error:
                 raise ValueError(f"{path}: llama3 RoPE scaling lacks the key {error.args[0]!r}") from error
         case other:

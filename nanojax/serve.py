@@ -22,7 +22,6 @@ from nanojax import invariants, scheduler
 from nanojax.array_types import Params
 from nanojax.config import EngineConfig, ModelConfig
 from nanojax.engine import Arrivals, Finish, Forward
-from nanojax.kv_cache import pages_for
 from nanojax.metrics import RequestRecord, StepRecord
 from nanojax.pipeline import execute
 from nanojax.sampling import NO_TOKEN
@@ -137,7 +136,7 @@ class Engine:
                 f"{who}: prompt of {len(request.prompt_ids)} tokens plus max_tokens={how.max_tokens} exceeds "
                 f"max_len={self.config.max_len}"
             )
-        num_pages = int(pages_for(np.int32(total), self.config.page_size))
+        num_pages = -(-total // self.config.page_size)
         if num_pages > self.config.num_pages:
             raise ValueError(f"{who}: needs {num_pages} pages at its longest, the pool has num_pages={self.config.num_pages}")
         for name, ids in (("prompt token", request.prompt_ids), ("stop token", how.stop_tokens)):
@@ -287,27 +286,28 @@ class Engine:
 
     def _read(self, report: core.StepReport) -> list[Event]:
         """Turns one launch's report (stacked reports for the device loop) into events; waits for the device if it must."""
-        host = jax.tree.map(np.asarray, jax.device_get(report))
+        fields = {field.name: np.asarray(getattr(report, field.name)) for field in dataclasses.fields(report)}
         now = self._clock()
-        stacked = host if self.driver is Driver.DEVICE_LOOP else jax.tree.map(lambda x: x[None], host)
-        num_steps = stacked.token.shape[0]
-        events = []
-        for i in range(num_steps):
-            events += self._read_step(jax.tree.map(lambda x, i=i: x[i], stacked), now)
-        return events
+        if fields["token"].ndim == 1:
+            return self._read_step(fields, now)
+        steps = ({name: values[i] for name, values in fields.items()} for i in range(len(fields["token"])))
+        return [event for step in steps for event in self._read_step(step, now)]
 
-    def _read_step(self, report: core.StepReport, now: float) -> list[Event]:
-        if report.token_budget > 0:
-            counts = (report.num_decode_tokens, report.num_prefill_tokens, report.num_running, report.num_waiting)
-            self.steps.append(StepRecord(now, int(report.token_budget), *map(int, counts), int(report.pages_in_use)))
-        for slot in np.flatnonzero(report.preempted):
-            if (entry := self._live.get(int(report.request_id[slot]))) is not None:
+    def _read_step(self, step: dict[str, np.ndarray], now: float) -> list[Event]:
+        """Books one step, given as the fields of its report."""
+        if step["token_budget"] > 0:
+            names = ("token_budget", "num_decode_tokens", "num_prefill_tokens", "num_running", "num_waiting", "pages_in_use")
+            self.steps.append(StepRecord(now, **{name: int(step[name]) for name in names}))
+        ids = step["request_id"]
+        for slot in np.flatnonzero(step["preempted"]):
+            if (entry := self._live.get(int(ids[slot]))) is not None:
                 entry.num_preemptions += 1
         events = []
-        for slot in np.flatnonzero(report.token != NO_TOKEN):
-            serial = int(report.request_id[slot])
+        for slot in np.flatnonzero(step["token"] != NO_TOKEN):
+            serial = int(ids[slot])
             if serial in self._live:  # else cancelled, or ended by a stop string, while the step was under way
-                events.append(self._append(serial, int(report.token[slot]), float(report.logprob[slot]), Finish(report.finish[slot]), now))
+                finish = Finish(step["finish"][slot])
+                events.append(self._append(serial, int(step["token"][slot]), float(step["logprob"][slot]), finish, now))
         return events
 
     def _append(self, serial: int, token: int, logprob: float, finish: Finish, now: float) -> Event:

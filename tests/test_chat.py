@@ -74,8 +74,16 @@ def test_smollm2_prompts_equal_the_golden_ones(shared_data):
         (None, "Qwen2.5-0.5B", "qwen2.5"),
         (None, "Qwen2-7B", "qwen2"),
         (None, "stories260K", "raw"),
-        ("{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face' }}", "x", "smollm2"),
-        (r"{{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}", "x", "qwen2.5"),
+        (
+            "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face' }}",
+            "x",
+            "smollm2",
+        ),
+        (
+            r"{{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}",
+            "x",
+            "qwen2.5",
+        ),
         (r"{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}", "x", "qwen2"),
         ("{{ '<|im_start|>' + message['role'] }}", "Qwen2-tuned", "chatml"),
         ("{{ '<|start_header_id|>' + message['role'] }}", "x", "llama3"),

@@ -137,7 +137,9 @@ def test_stream_is_fresh_after_flush():
 
 
 @pytest.mark.parametrize(
-    ("pre_type", "num_tokens"), [("gpt-2", 1), ("smollm", 4), ("qwen2", 4), ("llama-bpe", 2)], ids=lambda value: str(value)
+    ("pre_type", "num_tokens"),
+    [("gpt-2", 1), ("smollm", 4), ("qwen2", 4), ("llama-bpe", 2)],
+    ids=lambda value: str(value),
 )
 def test_pre_types_split_numbers_differently(pre_type, num_tokens):
     each = tokenizer.from_gguf(byte_vocabulary(pre_type, ["1 2", "12 3", "123 4"]))
@@ -206,7 +208,9 @@ def test_tokenizer_json_of_sentencepiece(tmp_path_factory, text):
 
 @functools.cache
 def sentencepiece_json(path: pathlib.Path):
-    vocab = {"<s>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)} | {"\u2581": 257, "a": 258, "\u2581a": 259}
+    vocab = (
+        {"<s>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)} | {"\u2581": 257, "a": 258, "\u2581a": 259}
+    )
     backend = tokenizers.Tokenizer(models.BPE(vocab, [("\u2581", "a")], byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     backend.decoder = decoders.Sequence(

@@ -43,7 +43,7 @@ class Attention(nnx.Module):
         if config.qkv_bias:
             self.bias = nnx.Param(jnp.zeros(shape, jnp.float32))
 
-    def __call__(self, x: Float[Array, "t D"]) -> Float[Array, "t K G+2 h"]:
+    def __call__(self, x: Float[Array, "t D"]) -> Float[Array, "t K G2 h"]:
         y = contract(x, self.kernel[...])
         return y + self.bias[...] if hasattr(self, "bias") else y
 

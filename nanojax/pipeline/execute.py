@@ -21,7 +21,8 @@ def forward(
     each layer's weights and keep XLA from overlapping operations of neighbouring layers.
     """
     model = decoder.bind(config, params)
-    rope = decoder.rope_angles(config, batch.positions)
+    # Behind a barrier, or XLA computes the sines and cosines again inside every layer's fusion.
+    rope = jax.lax.optimization_barrier(decoder.rope_angles(config, batch.positions))
     offset = batch.positions % kv.k.shape[3]
     x = model.embed_tokens(batch.tokens)
     for index, layer in enumerate(model.layers):

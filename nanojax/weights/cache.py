@@ -1,6 +1,6 @@
 """Where are converted parameters kept between runs?  An Orbax checkpoint per content of the source files.
 
-An entry is a folder, named after the source's contents, the dtype and the format version:
+An entry is a folder, named after the source's contents, the parameter tree (names, shapes, dtypes) and a version:
 
     {cache_dir}/{key}/checkpoint/    Orbax, one flat dict {"layers.0.qkv.kernel": array}
     {cache_dir}/{key}/digest         content digest of `checkpoint/`: an entry is whole or it is not used
@@ -17,18 +17,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.typing import DTypeLike
 
 from nanojax.array_types import Params
 from nanojax.weights.checkpoint import flatten, unflatten
 
 FORMAT_VERSION = 1
-"""Raise it whenever conversion or the parameter tree changes: old entries are then never found again."""
+"""Raise it whenever conversion gives other numbers in the same tree: old entries are then never found again."""
 
 
-def load_or_convert(
-    cache_dir: Path, files: Sequence[Path], dtype: DTypeLike, abstract: Params, convert: Callable[[], Params]
-) -> Params:
+def load_or_convert(cache_dir: Path, files: Sequence[Path], abstract: Params, convert: Callable[[], Params]) -> Params:
     """Parameters from the cache, else from `convert()`, which are then saved.  Ready on the default device.
 
     files: what the parameters depend on; only their names within the model's folder and their contents count.
@@ -36,21 +33,22 @@ def load_or_convert(
     A damaged entry causes a RuntimeWarning that names it, and is written anew.  Raises what `convert` raises, and
     OSError if `cache_dir` cannot be written.
     """
-    entry = Path(cache_dir).resolve() / cache_key(files, dtype)
+    entry = Path(cache_dir).resolve() / cache_key(files, abstract)
     if entry.exists():
         try:
             return _restore(entry, abstract)
         except Exception as error:  # whatever Orbax makes of a damaged folder
             warnings.warn(f"{entry}: damaged cache entry ({error}); converting anew", RuntimeWarning, stacklevel=2)
-            shutil.rmtree(entry)
+            shutil.rmtree(entry, ignore_errors=True)
     params = jax.block_until_ready(convert())
     _save(entry, params)
     return params
 
 
-def cache_key(files: Sequence[Path], dtype: DTypeLike) -> str:
-    """Name of the entry for these files' contents."""
-    return f"{content_digest(files)[:32]}-{jnp.dtype(dtype).name}-v{FORMAT_VERSION}"
+def cache_key(files: Sequence[Path], abstract: Params) -> str:
+    """Name of the entry for these files' contents as parameters of this tree."""
+    tree = sorted((name, leaf.shape, jnp.dtype(leaf.dtype).name) for name, leaf in flatten(abstract).items())
+    return f"{content_digest(files)[:32]}-{hashlib.sha256(repr(tree).encode()).hexdigest()[:8]}-v{FORMAT_VERSION}"
 
 
 def content_digest(files: Sequence[Path]) -> str:
@@ -82,7 +80,10 @@ def _restore(entry: Path, abstract: Params) -> Params:
     if recorded != found:
         raise ValueError(f"content digest {found[:12]}..., recorded {recorded[:12]}...")
     sharding = jnp.zeros(()).sharding
-    targets = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in flatten(abstract).items()}
+    targets = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for name, leaf in flatten(abstract).items()
+    }
     restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
     with _checkpointer() as checkpointer:
         flat = checkpointer.restore(entry / "checkpoint", item=targets, restore_args=restore_args)

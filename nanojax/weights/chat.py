@@ -31,7 +31,10 @@ def chatml(messages: Sequence[Message], default_system: str | None = None) -> st
 
 
 def llama3(messages: Sequence[Message]) -> str:
-    """Llama 3 headers.  Contents are trimmed, as in Meta's template (3.1 adds dates, which are left out).  Same errors as `chatml`."""
+    """Llama 3 headers.  Contents are trimmed, as in Meta's template (3.1 adds dates, which are left out).
+
+    Same errors as `chatml`.
+    """
     body = "".join(_llama3_header(role) + content.strip() + "<|eot_id|>" for role, content in _checked(messages))
     return "<|begin_of_text|>" + body + _llama3_header("assistant")
 
@@ -63,7 +66,7 @@ _MARKERS = (
 
 
 def family_of(template_text: str | None, model_name: str) -> str:
-    """Key of `TEMPLATES`: by what the model's own Jinja template says, else (no template) by the model's name, else "raw"."""
+    """Key of `TEMPLATES`: by what the model's own Jinja template says, else (no template) by the model's name."""
     if template_text is None:
         plain = "".join(char for char in model_name.lower() if char.isalnum() or char == ".")
         return next((family for family in ("smollm2", "qwen2.5", "qwen2") if family in plain), "raw")

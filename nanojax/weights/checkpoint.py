@@ -72,7 +72,9 @@ def check_tensors(path: Path, found: Mapping[str, tuple[int, ...]], expected: Ma
             raise ValueError(f"{path}: tensor {name!r} has shape {tuple(found[name])}; expected {tuple(shape)}")
     unknown = sorted(set(found) - set(expected))
     if unknown:
-        raise ValueError(f"{path}: {len(unknown)} tensors have no place in this architecture, the first is {unknown[0]!r}")
+        raise ValueError(
+            f"{path}: {len(unknown)} tensors have no place in this architecture, the first is {unknown[0]!r}"
+        )
 
 
 def assemble(config: ModelConfig, read: ReadTensor, dtype: DTypeLike) -> Params:
@@ -82,7 +84,9 @@ def assemble(config: ModelConfig, read: ReadTensor, dtype: DTypeLike) -> Params:
     """
     params: Params = {
         "embed": {"table": jnp.asarray(read("embed"), dtype)},
-        "layers": {i: _layer(config, lambda name, i=i: read(f"layers.{i}.{name}"), dtype) for i in range(config.num_layers)},
+        "layers": {
+            i: _layer(config, lambda name, i=i: read(f"layers.{i}.{name}"), dtype) for i in range(config.num_layers)
+        },
         "final_norm": {"scale": _scale(read("final_norm"))},
     }
     if not config.tied_head:
@@ -91,10 +95,13 @@ def assemble(config: ModelConfig, read: ReadTensor, dtype: DTypeLike) -> Params:
 
 
 def check_params(path: Path, params: Params, abstract: Params) -> None:
-    """Raises ValueError unless `params` has the names, shapes and dtypes of `abstract` (`models.decoder.abstract_params`)."""
+    """Raises ValueError unless `params` has the names, shapes and dtypes of `abstract`."""
     found, expected = flatten(params), flatten(abstract)
     for name in sorted(found.keys() | expected.keys()):
-        have, want = ((leaf.shape, jnp.dtype(leaf.dtype).name) if (leaf := tree.get(name)) is not None else None for tree in (found, expected))
+        have, want = (
+            (leaf.shape, jnp.dtype(leaf.dtype).name) if (leaf := tree.get(name)) is not None else None
+            for tree in (found, expected)
+        )
         if have != want:
             raise ValueError(f"{path}: parameter {name!r} is {have}; the model expects {want}")
 
@@ -124,7 +131,9 @@ def _layer(config: ModelConfig, read: ReadTensor, dtype: DTypeLike) -> Params:
     qkv = fuse_qkv(config, read("q"), read("k"), read("v"))
     layer["qkv"] = {"kernel": _transposed(qkv, dtype)}
     if config.qkv_bias:
-        layer["qkv"]["bias"] = jnp.asarray(fuse_qkv(config, read("q_bias"), read("k_bias"), read("v_bias")), jnp.float32)
+        layer["qkv"]["bias"] = jnp.asarray(
+            fuse_qkv(config, read("q_bias"), read("k_bias"), read("v_bias")), jnp.float32
+        )
     if config.qk_norm:
         layer |= {name: {"scale": _scale(read(name))} for name in ("q_norm", "k_norm")}
     group_size = config.num_heads // config.num_kv_heads
@@ -148,11 +157,20 @@ def _layer_expert(read: ReadTensor, expert: int, dtype: DTypeLike) -> Params:
 
 
 def fuse_qkv(
-    config: ModelConfig, q: Num[np.ndarray, "q_rows *D"], k: Num[np.ndarray, "kv_rows *D"], v: Num[np.ndarray, "kv_rows *D"]
+    config: ModelConfig,
+    q: Num[np.ndarray, "q_rows *D"],
+    k: Num[np.ndarray, "kv_rows *D"],
+    v: Num[np.ndarray, "kv_rows *D"],
 ) -> Num[np.ndarray, "K G2 h *D"]:
     """Three matrices (or biases) -> per key/value head its query heads, its key, its value (`G2 = G + 2`)."""
     heads = (config.num_kv_heads, -1, config.head_dim, *q.shape[1:])
     return np.concatenate([q.reshape(heads), k.reshape(heads), v.reshape(heads)], axis=1)
+
+
+def unpermute(rows: Num[np.ndarray, "rows *D"], num_heads: int) -> Num[np.ndarray, "rows *D"]:
+    """Rows of interleaved RoPE pairs (2i, 2i+1) -> half-split pairs (i, i + h/2), head by head."""
+    pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _scale(scale: Num[np.ndarray, "width"]) -> Array:

@@ -24,7 +24,8 @@ ARCHITECTURES = (
 _DTYPES = ("BF16", "F16", "F32")
 _NAMES = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
 _LAYER_NAMES = {
-    "attn_norm": "input_layernorm.weight", "ffn_norm": "post_attention_layernorm.weight", "out": "self_attn.o_proj.weight",
+    "attn_norm": "input_layernorm.weight", "ffn_norm": "post_attention_layernorm.weight",
+    "out": "self_attn.o_proj.weight",
     "q": "self_attn.q_proj.weight", "k": "self_attn.k_proj.weight", "v": "self_attn.v_proj.weight",
     "q_bias": "self_attn.q_proj.bias", "k_bias": "self_attn.k_proj.bias", "v_bias": "self_attn.v_proj.bias",
     "q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight",
@@ -45,7 +46,7 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def open_hf_directory(path: Path) -> Checkpoint:
-    """Opens a directory and checks every tensor's presence and shape.  `Checkpoint.tokenizer` is None without tokenizer.json.
+    """Opens a directory and checks every tensor's presence and shape.  Without tokenizer.json, `tokenizer` is None.
 
     Raises FileNotFoundError for a missing config.json, index or shard, ValueError for what is damaged or not
     supported (architecture, sliding window in use, RoPE type, ...); both name the file, and the value found.
@@ -58,7 +59,9 @@ def open_hf_directory(path: Path) -> Checkpoint:
     shard_of = {name: shard for shard in shards.values() for name in shard.keys()}  # noqa: SIM118 (no mapping)
     found = {name: tuple(shard.get_slice(name).get_shape()) for name, shard in shard_of.items()}
     skipped = {"lm_head.weight"} if config.tied_head else set()
-    found = {name: shape for name, shape in found.items() if name not in skipped and not name.endswith("rotary_emb.inv_freq")}
+    found = {
+        name: shape for name, shape in found.items() if name not in skipped and not name.endswith("rotary_emb.inv_freq")
+    }
     shapes = source_shapes(config)
     places = {name: _place(name, shapes[name], found, config) for name in shapes}
     check_tensors(path, found, {name: shape for name, shape, _ in places.values()})
@@ -73,7 +76,9 @@ def open_hf_directory(path: Path) -> Checkpoint:
 
     files = (config_path, *files)
     tokens = _tokenizer(path, spec, config.vocab_size) if (path / "tokenizer.json").is_file() else None
-    return Checkpoint(config, files, read, tokens, chat.TEMPLATES[chat.family_of(_chat_template(path), path.resolve().name)])
+    return Checkpoint(
+        config, files, read, tokens, chat.TEMPLATES[chat.family_of(_chat_template(path), path.resolve().name)]
+    )
 
 
 def _place(
@@ -108,8 +113,12 @@ def _model_config(path: Path, spec: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"{path}: architecture {architecture!r} is not supported; expected one of {ARCHITECTURES}")
     for key, plain in _PLAIN_VALUES.items():
         if spec.get(key) is not None and spec[key] not in plain:
-            raise ValueError(f"{path}: {key} is {spec[key]!r}, which is not supported; expected {' or '.join(map(repr, plain)) or 'none'}")
-    is_moe, is_qwen_moe = architecture in ("MixtralForCausalLM", "Qwen3MoeForCausalLM"), architecture == "Qwen3MoeForCausalLM"
+            expected = plain[0] if plain else None
+            raise ValueError(f"{path}: {key} is {spec[key]!r}, which is not supported; expected {expected!r}")
+    is_moe, is_qwen_moe = (
+        architecture in ("MixtralForCausalLM", "Qwen3MoeForCausalLM"),
+        architecture == "Qwen3MoeForCausalLM",
+    )
 
     def value(*keys: str) -> Any:
         found = next((spec[key] for key in keys if spec.get(key) is not None), None)
@@ -118,7 +127,9 @@ def _model_config(path: Path, spec: Mapping[str, Any]) -> ModelConfig:
         return found
 
     if is_qwen_moe and not spec.get("norm_topk_prob"):
-        raise ValueError(f"{path}: norm_topk_prob is {spec.get('norm_topk_prob')!r}, which is not supported; expected True")
+        raise ValueError(
+            f"{path}: norm_topk_prob is {spec.get('norm_topk_prob')!r}, which is not supported; expected True"
+        )
     _refuse_sliding_window(path, spec)
     theta, scaling = _rope(path, spec, default_theta=1e6 if architecture == "MixtralForCausalLM" else 1e4)
     heads = value("num_attention_heads")
@@ -148,7 +159,9 @@ def _refuse_sliding_window(path: Path, spec: Mapping[str, Any]) -> None:
     window = spec.get("sliding_window")
     if window is not None and spec.get("use_sliding_window", True) and window < spec["max_position_embeddings"]:
         limit = spec["max_position_embeddings"]
-        raise ValueError(f"{path}: sliding_window {window} is in use (max_position_embeddings {limit}), which is not supported")
+        raise ValueError(
+            f"{path}: sliding_window {window} is in use (max_position_embeddings {limit}), which is not supported"
+        )
     kinds = set(spec.get("layer_types") or ()) - {"full_attention"}
     if kinds and window is not None and window < spec["max_position_embeddings"]:
         raise ValueError(f"{path}: layer_types {sorted(kinds)} are not supported; expected 'full_attention'")
@@ -200,7 +213,9 @@ def _tokenizer(path: Path, spec: Mapping[str, Any], vocab_size: int) -> tokenize
     eos = generation.get("eos_token_id", spec.get("eos_token_id"))
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
     try:
-        return tokenizer.from_json(path / "tokenizer.json", eos_ids, spec.get("bos_token_id")).with_vocab_size(vocab_size)
+        return tokenizer.from_json(path / "tokenizer.json", eos_ids, spec.get("bos_token_id")).with_vocab_size(
+            vocab_size
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -13,8 +13,7 @@ from jaxtyping import Float32
 
 from nanojax.config import ModelConfig
 from nanojax.weights import chat
-from nanojax.weights.checkpoint import Checkpoint, source_shapes
-from nanojax.weights.gguf_file import unpermute
+from nanojax.weights.checkpoint import Checkpoint, source_shapes, unpermute
 from nanojax.weights.pieces import piece_encoder
 from nanojax.weights.tokenizer import Tokenizer
 
@@ -34,13 +33,15 @@ def open_llama2c(path: Path) -> Checkpoint:
     header_bytes = struct.calcsize(_HEADER)
     expected_bytes = header_bytes + 4 * num_floats
     if path.stat().st_size != expected_bytes:
-        raise ValueError(f"{path}: truncated or corrupt: {path.stat().st_size} bytes; its header needs {expected_bytes}")
+        raise ValueError(
+            f"{path}: truncated or corrupt: {path.stat().st_size} bytes; its header needs {expected_bytes}"
+        )
     floats = np.memmap(path, "<f4", mode="r", offset=header_bytes)
     shapes = source_shapes(config)
 
     def read(name: str) -> Float32[np.ndarray, "..."]:
         shape = shapes[name]
-        values = np.asarray(floats[offsets[name] :][: math.prod(shape)]).reshape(shape)
+        values = np.array(floats[offsets[name] :][: math.prod(shape)]).reshape(shape)
         heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(name.rpartition(".")[2])
         return values if heads is None else unpermute(values, heads)
 
@@ -68,7 +69,9 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     except struct.error as error:
         raise ValueError(f"{path}: truncated after {len(pieces)} of {vocab_size} pieces") from error
     if at != len(data):
-        raise ValueError(f"{path}: {len(data) - at} bytes follow the {vocab_size} pieces; the file is corrupt or of another vocabulary")
+        raise ValueError(
+            f"{path}: {len(data) - at} bytes follow the {vocab_size} pieces; corrupt, or another vocabulary"
+        )
     pieces[_BOS] = pieces[_EOS] = b""
     pieces[_FIRST_BYTE:_FIRST_PIECE] = [bytes((byte,)) for byte in range(256)]
     byte_ids = {byte: _FIRST_BYTE + byte for byte in range(256)}
@@ -84,10 +87,12 @@ def _model_config(path: Path) -> ModelConfig:
     fields = struct.unpack(_HEADER, header)
     width, ffn, layers, heads, kv_heads, vocab, max_len = fields
     if min(width, ffn, layers, heads, kv_heads, max_len, abs(vocab)) <= 0 or width % heads or heads % kv_heads:
-        raise ValueError(f"{path}: no llama2.c v0 header: (dim, hidden, layers, heads, kv_heads, vocab, seq_len) = {fields}")
+        raise ValueError(
+            f"{path}: no llama2.c v0 header: (dim, hidden, layers, heads, kv_heads, vocab, seq_len) = {fields}"
+        )
     return ModelConfig(
-        name=path.stem, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=kv_heads, head_dim=width // heads,
-        d_ff=ffn, vocab_size=abs(vocab), max_len=max_len, tied_head=vocab > 0,
+        name=path.stem, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=width // heads, d_ff=ffn, vocab_size=abs(vocab), max_len=max_len, tied_head=vocab > 0,
     )  # fmt: skip
 
 

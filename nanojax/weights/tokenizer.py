@@ -9,13 +9,14 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
+from gguf import TokenType
 from tokenizers import decoders, models, pre_tokenizers
 
 from nanojax.weights.pieces import piece_encoder
 
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
 _STOP_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
 
 # Split patterns of llama.cpp's pre-types (llama.cpp src/llama-vocab.cpp), checked there against Hugging Face.
@@ -100,38 +101,63 @@ class StreamDecoder:
         return text
 
 
-def from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
+def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """Tokenizer of a GGUF file's metadata (`tokenizer.ggml.*`).
 
     Score-merged vocabularies (`llama`) read special tokens in a text as plain text.
-    As in llama.cpp, bytes for which the vocabulary has no token are left out of the ids (SmolLM2 lacks six control bytes).
+    As in llama.cpp, bytes for which the vocabulary has no token are left out (SmolLM2 lacks six control bytes).
     Raises ValueError for a tokenizer model other than `gpt2` and `llama`, or a pre-type outside `PRE_TYPES`.
     """
-    get = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items() if key.startswith("tokenizer.ggml.")}
-    texts, types, bos_id = get["tokens"], get["token_type"], get.get("bos_token_id")
-    eos_ids = {get[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in get}
-    eos_ids |= {i for i, (text, kind) in enumerate(zip(texts, types, strict=True)) if kind == _CONTROL and text in _STOP_TEXTS}
-    common = {"eos_ids": tuple(sorted(eos_ids)), "bos_id": bos_id}
-    match get.get("model"):
+    prefix = "tokenizer.ggml."
+    fields = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    match fields.get("model"):
         case "gpt2":
-            specials = [text for text, kind in zip(texts, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
-            pre_type = get.get("pre", "gpt-2")
-            backend = _byte_level_bpe(texts, get["merges"], specials, pre_type)
-            add_bos = bool(get.get("add_bos_token", pre_type == "llama-bpe"))
-            token_bytes = _byte_level_bytes(texts, {i for i, kind in enumerate(types) if kind != 1})
-            return Tokenizer(_backend_encoder(backend), token_bytes, add_bos=add_bos, **common)
+            return _from_byte_level_fields(fields)
         case "llama":
-            token_bytes = tuple(
-                _byte_of(text) if kind == _BYTE else text.replace("\u2581", " ").encode() for text, kind in zip(texts, types, strict=True)
-            )
-            mergeable = {i for i, kind in enumerate(types) if kind in (1, _USER_DEFINED)}
-            byte_ids = {token_bytes[i][0]: i for i, kind in enumerate(types) if kind == _BYTE}
-            prefix_space = bool(get.get("add_space_prefix", True))
-            encode = piece_encoder(token_bytes, get["scores"], mergeable, byte_ids, prefix_space)
-            add_bos = bool(get.get("add_bos_token", True))
-            return Tokenizer(encode, token_bytes, add_bos=add_bos, space_after_bos=prefix_space, **common)
+            return _from_scored_fields(fields)
         case other:
-            raise ValueError(f"tokenizer.ggml.model is {other!r}; expected 'gpt2' or 'llama'")
+            raise ValueError(f"{prefix}model is {other!r}; expected 'gpt2' or 'llama'")
+
+
+def _from_byte_level_fields(fields: Mapping[str, Any]) -> Tokenizer:
+    texts, kinds, pre_type = fields["tokens"], fields["token_type"], fields.get("pre", "gpt-2")
+    is_special = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    specials = [text for text, kind in zip(texts, kinds, strict=True) if kind in is_special]
+    backend = _byte_level_bpe(texts, fields["merges"], specials, pre_type)
+    return Tokenizer(
+        _backend_encoder(backend),
+        _byte_level_bytes(texts, {i for i, kind in enumerate(kinds) if kind != TokenType.NORMAL}),
+        eos_ids=_eos_ids(fields),
+        bos_id=fields.get("bos_token_id"),
+        add_bos=bool(fields.get("add_bos_token", pre_type == "llama-bpe")),
+    )
+
+
+def _from_scored_fields(fields: Mapping[str, Any]) -> Tokenizer:
+    token_bytes = tuple(
+        _byte_of(text) if kind == TokenType.BYTE else text.replace("\u2581", " ").encode()
+        for text, kind in zip(fields["tokens"], fields["token_type"], strict=True)
+    )
+    kinds = list(enumerate(fields["token_type"]))
+    mergeable = {i for i, kind in kinds if kind in (TokenType.NORMAL, TokenType.USER_DEFINED)}
+    byte_ids = {token_bytes[i][0]: i for i, kind in kinds if kind == TokenType.BYTE}
+    prefix_space = bool(fields.get("add_space_prefix", True))
+    return Tokenizer(
+        piece_encoder(token_bytes, fields["scores"], mergeable, byte_ids, prefix_space),
+        token_bytes,
+        eos_ids=_eos_ids(fields),
+        bos_id=fields.get("bos_token_id"),
+        add_bos=bool(fields.get("add_bos_token", True)),
+        space_after_bos=prefix_space,
+    )
+
+
+def _eos_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that the file names, and control tokens whose text is a known end."""
+    named = {fields[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in fields}
+    tokens = enumerate(zip(fields["tokens"], fields["token_type"], strict=True))
+    known = {i for i, (text, kind) in tokens if kind == TokenType.CONTROL and text in _STOP_TEXTS}
+    return tuple(sorted(named | known))
 
 
 def from_json(path: Path, eos_ids: Sequence[int], bos_id: int | None) -> Tokenizer:
@@ -161,12 +187,18 @@ def from_json(path: Path, eos_ids: Sequence[int], bos_id: int | None) -> Tokeniz
     return Tokenizer(_backend_encoder(backend), token_bytes, tuple(eos_ids), bos_id, starts_with_bos, prefix_space)
 
 
-def _byte_level_bpe(texts: Sequence[str], merges: Sequence[str], specials: Sequence[str], pre_type: object) -> tokenizers.Tokenizer:
+def _byte_level_bpe(
+    texts: Sequence[str], merges: Sequence[str], specials: Sequence[str], pre_type: str
+) -> tokenizers.Tokenizer:
     if pre_type not in PRE_TYPES:
         raise ValueError(f"tokenizer.ggml.pre is {pre_type!r}; expected one of {PRE_TYPES}")
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
     vocab = {text: i for i, text in enumerate(texts)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre_type == "llama-bpe"))
+    try:
+        model = models.BPE(vocab, pairs, ignore_merges=pre_type == "llama-bpe")
+    except Exception as error:  # the package raises bare Exception
+        raise ValueError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from error
+    backend = tokenizers.Tokenizer(model)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre_type not in _SPLIT_PATTERNS)
     if pre_type in _SPLIT_PATTERNS:
         pattern = tokenizers.Regex(_SPLIT_PATTERNS[pre_type])
@@ -188,7 +220,9 @@ def _byte_level_bytes(texts: Sequence[str], verbatim_ids: set[int]) -> tuple[byt
     """Bytes of each token of GPT-2's byte alphabet; `verbatim_ids` (added tokens) stand for their own text."""
     byte_of = {char: byte for byte, char in enumerate(_byte_alphabet())}
     return tuple(
-        text.encode() if i in verbatim_ids else b"".join(bytes((byte_of[c],)) if c in byte_of else c.encode() for c in text)
+        text.encode()
+        if i in verbatim_ids
+        else b"".join(bytes((byte_of[c],)) if c in byte_of else c.encode() for c in text)
         for i, text in enumerate(texts)
     )
 

@@ -1,28 +1,56 @@
-"""How does plain XLA attend over pages at the cost of the pages in use, not of the page table?"""
+"""How does plain XLA attend over pages at the cost of the pages in use, not of the page table?
+
+Two loops whose trip counts depend on the data: decode rows are cut into blocks of keys, of which one iteration takes a
+batch from any rows; prefill chunks are cut into tiles of queries, of which one iteration takes a few, each against its
+blocks of keys one after another (online softmax).  Which blocks there are depends on the lengths and the page table
+only, so XLA computes that once for all layers of a step.
+"""
 
 import dataclasses
+import typing
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
-MASKED = -1e30  # a finite score that no key can reach: max, exp and subtraction stay free of NaN
+MASKED = -1e30  # below each real score, yet finite: differences and exp stay free of NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tile sizes in tokens (blocks are rounded up to whole pages) and how many decode blocks one iteration takes."""
+    """Tile sizes: key tokens in a block, decode blocks in an iteration, query tokens in a tile, tiles in an iteration.
 
-    decode_block: int = 64
-    decode_blocks_per_step: int = 32
+    Blocks are rounded up to whole pages.  Tiles of one iteration run side by side on the cores of a CPU.
+    """
+
+    block: int = 64
+    decode_blocks: int = 32
     query_tile: int = 64
-    prefill_block: int = 128
+    query_tiles: int = 2
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) <= 0:
                 raise ValueError(f"{field.name}={getattr(self, field.name)} must be positive")
+
+
+class _Cache(typing.NamedTuple):
+    """Where the blocks of all rows are: the pages of all layers end to end, and the step's page table cut into blocks.
+
+    pages: keys and values, [L*N*K p*h] each.  first_page: of the layer, in units of pages.
+    page_ids: [R blocks pages_per_block]; beyond a row's last page, that page again.
+    """
+
+    pages: tuple[Array, Array]
+    first_page: int
+    page_ids: Array
+    num_kv_heads: int
+    page_size: int
+    dtype: typing.Any
+
+    @property
+    def block(self) -> int:
+        return self.page_ids.shape[2] * self.page_size
 
 
 def paged_attention(
@@ -38,112 +66,145 @@ def paged_attention(
     sm_scale: float,
     config: Config = Config(),
 ) -> Float[Array, "T H h"]:
-    """Attention as `api.paged_attention` defines it, in two loops over the blocks in use."""
-    num_tokens, num_heads, head_dim = q.shape
+    """Attention as `api.paged_attention` defines it.  Temporary memory: a few blocks, two copies of q, the page table."""
+    num_tokens, _, head_dim = q.shape
     num_layers, num_pages, num_kv_heads, page_size, _ = k_pages.shape
-    # Pages of all layers end to end is a bitcast; taking one layer out would copy it.
+    # All layers end to end is a bitcast; to take one layer out would copy it.
     flat = (num_layers * num_pages * num_kv_heads, page_size * head_dim)
-    pages = (k_pages.reshape(flat), v_pages.reshape(flat))
-    queries = q.astype(jnp.float32).reshape(num_tokens, num_kv_heads, -1, head_dim) * sm_scale
-    table = page_indices + layer * num_pages
-    num_pages_used = -(-kv_lens // page_size)
-    out = jnp.zeros((num_tokens + config.query_tile, *queries.shape[1:]), jnp.float32)
-    out = _decode(config, out, queries, pages, kv_lens, num_pages_used, table, num_decode, page_size)
-    out = _prefill(config, out, queries, pages, kv_lens, num_pages_used, table, cu_q_lens, num_decode, page_size)
-    return out[:num_tokens].reshape(q.shape).astype(q.dtype)
+    cache = _Cache(
+        pages=(k_pages.reshape(flat), v_pages.reshape(flat)),
+        first_page=layer * num_pages,
+        page_ids=_cut_into_blocks(page_indices, -(-kv_lens // page_size), -(-config.block // page_size)),
+        num_kv_heads=num_kv_heads,
+        page_size=page_size,
+        dtype=jnp.promote_types(q.dtype, k_pages.dtype),
+    )
+    config = dataclasses.replace(config, query_tile=min(config.query_tile, num_tokens))
+    # A tile may reach over the last token.
+    queries = jnp.pad(q.reshape(num_tokens, num_kv_heads, -1, head_dim), ((0, config.query_tile), *((0, 0),) * 3))
+    out = _decode(config, queries, cache, kv_lens, num_decode, sm_scale)
+    out = _prefill(config, out, queries, cache, kv_lens, cu_q_lens, num_decode, sm_scale)
+    return out[:num_tokens].reshape(q.shape)
 
 
-def _gather(pages, page_ids, num_kv_heads, page_size, iteration):
-    """Pages [(L N K) (p h)] at page_ids [... b] -> float32 [... K b*p h]."""
-    # Tied to the iteration, or XLA hoists a float32 copy of the whole cache out of the loop.
-    pages, _ = lax.optimization_barrier((pages, iteration))
-    rows = page_ids[..., None, :] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[:, None]
-    blocks = pages.at[rows].get(mode="promise_in_bounds").astype(jnp.float32)
-    return blocks.reshape(*page_ids.shape[:-1], num_kv_heads, page_ids.shape[-1] * page_size, -1)
+def _cut_into_blocks(page_indices, num_used, pages_per_block):
+    """[R P] -> [R blocks pages_per_block]; entries beyond the pages in use repeat the last one, as reads must be valid."""
+    num_rows, width = page_indices.shape
+    num_blocks = -(-width // pages_per_block)
+    place = jnp.minimum(jnp.arange(num_blocks * pages_per_block), jnp.maximum(num_used[:, None] - 1, 0))
+    return jnp.take_along_axis(page_indices, place, axis=1).reshape(num_rows, num_blocks, pages_per_block)
 
 
-def _decode(config, out, queries, pages, kv_lens, num_pages_used, table, num_decode, page_size):
-    _, num_kv_heads, group, head_dim = queries.shape
-    capacity = min(table.shape[0], queries.shape[0])
-    pages_per_block = -(-config.decode_block // page_size)
-    block = pages_per_block * page_size
-    kv_lens = jnp.where(jnp.arange(capacity) < num_decode, kv_lens[:capacity], 0)
-    cu_blocks = jnp.cumsum(-(-kv_lens // block))
-    queries = queries[:capacity]
+def _gather(cache, page_ids, num_valid, iteration):
+    """Keys and values of blocks: page_ids [... pages_per_block], num_valid [...] -> two of [... K s h].
+
+    Values beyond `num_valid` tokens become 0, because weight 0 times NaN is NaN.
+    """
+    # Tied to the iteration, or XLA moves the conversion of the whole cache to another dtype out of the loop.
+    (k_pages, v_pages), _ = lax.optimization_barrier((cache.pages, iteration))
+    heads = jnp.arange(cache.num_kv_heads, dtype=jnp.int32)[:, None]
+    places = (page_ids[..., None, :] + cache.first_page) * cache.num_kv_heads + heads  # [... K pages_per_block]
+    k, v = (pages.at[places].get(mode="promise_in_bounds") for pages in (k_pages, v_pages))
+    head_dim = k.shape[-1] // cache.page_size
+    first_token = jnp.arange(page_ids.shape[-1]) * cache.page_size
+    num_values = (num_valid[..., None] - first_token)[..., None, :, None] * head_dim
+    v = jnp.where(jnp.arange(v.shape[-1]) < num_values, v, 0)
+    shape = (*page_ids.shape[:-1], cache.num_kv_heads, cache.block, head_dim)
+    return k.reshape(shape).astype(cache.dtype), v.reshape(shape).astype(cache.dtype)
+
+
+def _dot(subscripts, a, b, dtype):
+    return jnp.einsum(subscripts, a.astype(dtype), b, preferred_element_type=jnp.float32)
+
+
+def _decode(config, queries, cache, kv_lens, num_decode, sm_scale):
+    """Output of the first `num_decode` tokens, 0 for the others: [T+tile K G h]."""
+    num_rows, blocks_per_row, _ = cache.page_ids.shape
+    capacity = min(num_rows, queries.shape[0] - config.query_tile)
+    step = min(config.decode_blocks, capacity * blocks_per_row)
+    # The work list: one item for each block in use, row after row.
+    kv_lens = jnp.where(jnp.arange(num_rows) < num_decode, kv_lens, 0)
+    num_blocks = -(-kv_lens // cache.block)
+    cu_blocks = jnp.cumsum(num_blocks)
+    item = jnp.arange(-(-capacity * blocks_per_row // step) * step)
+    rows = jnp.searchsorted(cu_blocks, item, side="right", method="scan_unrolled").astype(jnp.int32)
+    safe_rows = jnp.minimum(rows, capacity - 1)  # items beyond the last one have row num_rows
+    blocks = jnp.where(rows < num_rows, item - (cu_blocks - num_blocks)[safe_rows], 0)
+    num_valid = jnp.where(rows < num_rows, kv_lens[safe_rows] - blocks * cache.block, 0)
+    page_ids = cache.page_ids[safe_rows, blocks]
+    query_of_row = queries[:capacity]
 
     def body(i, state):
         peak, total, acc = state
-        item = i * config.decode_blocks_per_step + jnp.arange(config.decode_blocks_per_step)
-        row = jnp.minimum(jnp.sum(cu_blocks <= item[:, None], axis=1), capacity - 1)
-        is_item = item < cu_blocks[-1]
-        first = (item - jnp.where(row > 0, cu_blocks[row - 1], 0)) * pages_per_block
-        page = first[:, None] + jnp.arange(pages_per_block)
-        page_ids = table[row[:, None], jnp.clip(page, 0, num_pages_used[row, None] - 1)]
-        k, v = (_gather(x, page_ids, num_kv_heads, page_size, i) for x in pages)
-        position = first[:, None] * page_size + jnp.arange(block)
-        is_visible = (position < kv_lens[row, None]) & is_item[:, None]  # [C s]
-        scores = jnp.einsum("cksh,ckgh->cksg", k, queries[row])
-        scores = jnp.where(is_visible[:, None, :, None], scores, MASKED)
-        item_peak = scores.max(2)
-        onehot = (jnp.arange(capacity)[:, None] == row) & is_item
-        new_peak = jnp.maximum(peak, jnp.where(onehot[:, :, None, None], item_peak, MASKED).max(1))
-        weights = jnp.exp(scores - new_peak[row][:, :, None])
-        weights = jnp.where(is_visible[:, None, :, None], weights, 0)
-        v = jnp.where(is_visible[:, None, :, None], v, 0)
-        alpha = jnp.exp(peak - new_peak)
-        item_acc = jnp.einsum("cksg,cksh->ckgh", weights, v)
-        onehot = onehot.astype(jnp.float32)
-        total = total * alpha + jnp.einsum("rc,ckg->rkg", onehot, weights.sum(2))
-        acc = acc * alpha[..., None] + jnp.einsum("rc,ckgh->rkgh", onehot, item_acc)
+        row, safe_row, valid, ids = (
+            lax.dynamic_slice_in_dim(x, i * step, step) for x in (rows, safe_rows, num_valid, page_ids)
+        )
+        k, v = _gather(cache, ids, valid, i)
+        scores = _dot("ckgh,cksh->ckgs", query_of_row[safe_row], k, cache.dtype) * sm_scale
+        is_visible = jnp.arange(cache.block) < valid[:, None]
+        scores = jnp.where(is_visible[:, None, None, :], scores, MASKED)
+        block_peak = scores.max(-1)
+        weights = jnp.exp(scores - block_peak[..., None])
+        block_acc = _dot("ckgs,cksh->ckgh", weights, v, cache.dtype)
+        # Blocks of one row may be anywhere in the batch: a product with the membership matrix adds them up.
+        is_member = jnp.arange(capacity)[:, None] == row  # [rows blocks]
+        new_peak = jnp.maximum(peak, jnp.where(is_member[:, :, None, None], block_peak, MASKED).max(1))
+        old, new = jnp.exp(peak - new_peak), jnp.exp(block_peak - new_peak[safe_row])
+        member = is_member.astype(jnp.float32)
+        total = total * old + jnp.einsum("rc,ckg->rkg", member, weights.sum(-1) * new)
+        acc = acc * old[..., None] + jnp.einsum("rc,ckgh->rkgh", member, block_acc * new[..., None])
         return new_peak, total, acc
 
-    zeros = jnp.zeros(queries.shape, jnp.float32)
-    state = (zeros[..., 0] + MASKED, zeros[..., 0], zeros)
-    _, total, acc = lax.fori_loop(0, -(-cu_blocks[-1] // config.decode_blocks_per_step), body, state)
-    return lax.dynamic_update_slice(out, acc / jnp.maximum(total, 1e-37)[..., None], (0, 0, 0, 0))
+    acc = jnp.zeros(query_of_row.shape, jnp.float32)
+    state = (acc[..., 0] + MASKED, acc[..., 0], acc)
+    _, total, acc = lax.fori_loop(0, -(-cu_blocks[-1] // step), body, state)
+    out = acc / jnp.maximum(total, 1)[..., None]  # the peak alone adds 1, so only rows without work change
+    return jnp.pad(out.astype(queries.dtype), ((0, queries.shape[0] - capacity), *((0, 0),) * 3))
 
 
-def _prefill(config, out, queries, pages, kv_lens, num_pages_used, table, cu_q_lens, num_decode, page_size):
-    _, num_kv_heads, group, head_dim = queries.shape
-    num_rows = table.shape[0]
-    tile = config.query_tile
-    pages_per_block = -(-config.prefill_block // page_size)
-    block = pages_per_block * page_size
-    queries = jnp.pad(queries, ((0, tile), (0, 0), (0, 0), (0, 0)))
+def _prefill(config, out, queries, cache, kv_lens, cu_q_lens, num_decode, sm_scale):
+    """`out` with the tokens of rows `num_decode` and up filled in."""
+    num_rows = kv_lens.shape[0]
+    tile, num_lanes = config.query_tile, config.query_tiles
     q_lens = jnp.where(jnp.arange(num_rows) >= num_decode, jnp.diff(cu_q_lens), 0)
-    cu_tiles = jnp.cumsum(-(-q_lens // tile))
+    num_tiles = -(-q_lens // tile)
+    cu_tiles = jnp.cumsum(num_tiles)
 
-    def tile_body(t, out):
+    def attend_to_tile(t):
         row = jnp.minimum(jnp.sum(cu_tiles <= t), num_rows - 1)
-        first_q = (t - jnp.where(row > 0, cu_tiles[row - 1], 0)) * tile  # within the row
-        start = cu_q_lens[row] + first_q
-        position = kv_lens[row] - q_lens[row] + first_q + jnp.arange(tile)
-        position = jnp.minimum(position, kv_lens[row] - 1)
-        tile_q = lax.dynamic_slice_in_dim(queries, start, tile).transpose(1, 2, 0, 3)  # [K G t h]
-        tile_q = tile_q.reshape(num_kv_heads, group * tile, head_dim)
+        first = jnp.where(t < cu_tiles[-1], (t - cu_tiles[row] + num_tiles[row]) * tile, q_lens[row])  # in the chunk
+        num_queries = jnp.minimum(q_lens[row] - first, tile)
+        start = cu_q_lens[row] + first
+        # Positions of the tile's queries; those beyond the chunk see what its last query sees.
+        last = kv_lens[row] - q_lens[row] + first + num_queries - 1
+        position = jnp.minimum(last, last - num_queries + 1 + jnp.arange(tile))
+        query = lax.dynamic_slice_in_dim(queries, start, tile).transpose(1, 2, 0, 3)  # [K G t h]
+        folded = (query.shape[0], -1, query.shape[3])
 
-        def block_body(b, state):
+        def body(b, state):
             peak, total, acc = state
-            page = jnp.minimum(b * pages_per_block + jnp.arange(pages_per_block), num_pages_used[row] - 1)
-            k, v = (_gather(x, table[row, page], num_kv_heads, page_size, b) for x in pages)
-            kv_position = b * block + jnp.arange(block)
-            v = jnp.where((kv_position < kv_lens[row])[:, None], v, 0)
-            is_visible = jnp.tile(kv_position <= position[:, None], (group, 1))  # [G*t s]
-            scores = jnp.einsum("kqh,ksh->kqs", tile_q, k)
+            k, v = _gather(cache, cache.page_ids[row, b], kv_lens[row] - b * cache.block, b)
+            scores = _dot("kqh,ksh->kqs", query.reshape(folded), k, cache.dtype).reshape(*peak.shape, -1) * sm_scale
+            is_visible = b * cache.block + jnp.arange(cache.block) <= position[:, None]
             scores = jnp.where(is_visible, scores, MASKED)
             new_peak = jnp.maximum(peak, scores.max(-1))
-            weights = jnp.where(is_visible, jnp.exp(scores - new_peak[..., None]), 0)
-            alpha = jnp.exp(peak - new_peak)
-            total = total * alpha + weights.sum(-1)
-            acc = acc * alpha[..., None] + jnp.einsum("kqs,ksh->kqh", weights, v)
-            return new_peak, total, acc
+            weights = jnp.exp(scores - new_peak[..., None])
+            old = jnp.exp(peak - new_peak)
+            block_acc = _dot("kqs,ksh->kqh", weights.reshape(*folded[:2], cache.block), v, cache.dtype)
+            return new_peak, total * old + weights.sum(-1), acc * old[..., None] + block_acc.reshape(acc.shape)
 
-        zeros = jnp.zeros(tile_q.shape, jnp.float32)
-        num_blocks = position[-1] // block + 1
-        _, total, acc = lax.fori_loop(0, num_blocks, block_body, (zeros[..., 0] + MASKED, zeros[..., 0], zeros))
-        tile_out = (acc / total[..., None]).reshape(num_kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
-        is_query = first_q + jnp.arange(tile) < q_lens[row]
-        old = lax.dynamic_slice_in_dim(out, start, tile)
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(is_query[:, None, None, None], tile_out, old), start, 0)
+        acc = jnp.zeros(query.shape, jnp.float32)
+        num_blocks = jnp.where(num_queries > 0, last // cache.block + 1, 0)
+        _, total, acc = lax.fori_loop(0, num_blocks, body, (acc[..., 0] + MASKED, acc[..., 0], acc))
+        tile_out = (acc / jnp.maximum(total, 1)[..., None]).transpose(2, 0, 1, 3).astype(out.dtype)
+        return start, num_queries, tile_out
 
-    return lax.fori_loop(0, cu_tiles[-1], tile_body, out)
+    def body(i, out):
+        # Independent until they are written, so that they can run at the same time.
+        for start, num_queries, tile_out in [attend_to_tile(i * num_lanes + lane) for lane in range(num_lanes)]:
+            is_query = (jnp.arange(tile) < num_queries)[:, None, None, None]
+            tile_out = jnp.where(is_query, tile_out, lax.dynamic_slice_in_dim(out, start, tile))
+            out = lax.dynamic_update_slice_in_dim(out, tile_out, start, 0)
+        return out
+
+    return lax.fori_loop(0, -(-cu_tiles[-1] // num_lanes), body, out)

@@ -1,0 +1,243 @@
+"""Laws of the engine: schedule invariance, conservation, one compile, in-place updates, liveness, bad input."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import numpy_decoder
+import tiny
+from nanojax import engine as core
+from nanojax import serve
+from nanojax.serve import Driver
+from nanojax.workload import Request, SamplingParams
+
+REQUESTS = tiny.requests(14, temperature=(0.0, 1.0, 0.8), logprobs=True)
+TIGHT = dataclasses.replace(tiny.ENGINE, num_pages=13)
+
+
+@functools.cache
+def expected():
+    """Tokens of REQUESTS, each served alone on a large budget."""
+    engine = tiny.engine(dataclasses.replace(tiny.ENGINE, token_budgets=(64,), num_slots=1))
+    return {r.request_id: engine.generate([r])[0].token_ids for r in REQUESTS}
+
+
+def test_greedy_tokens_are_the_argmax_of_an_independent_model():
+    for request in REQUESTS:
+        if request.sampling.temperature == 0.0:
+            known = [*request.prompt_ids]
+            for token in expected()[request.request_id]:
+                assert token == numpy_decoder.logits(tiny.LLAMA, tiny.params(tiny.LLAMA), known)[-1].argmax()
+                known.append(token)
+
+
+VARIANTS = {
+    "one small budget": (dataclasses.replace(tiny.ENGINE, token_budgets=(8,)), {}),
+    "a ladder": (dataclasses.replace(tiny.ENGINE, token_budgets=(2, 4, 16, 48)), {}),
+    "one token per step": (dataclasses.replace(tiny.ENGINE, token_budgets=(1,)), {}),
+    "large pages": (dataclasses.replace(tiny.ENGINE, page_size=16, num_pages=40), {}),
+    "tight pages": (TIGHT, {}),
+    "tight pages, small budget": (dataclasses.replace(TIGHT, token_budgets=(4, 8)), {}),
+    "tight pages, shortest first": (TIGHT, {"policy": tiny.policy(priority="shortest_prompt")}),
+    "tight pages, prefill first": (TIGHT, {"policy": tiny.policy(phase_order="prefill_first")}),
+    "tight pages, device loop": (TIGHT, {"driver": Driver.DEVICE_LOOP, "steps_per_launch": 5, "check_invariants": False}),
+    "host waits": (tiny.ENGINE, {"driver": Driver.HOST_SYNC}),
+    "device loop": (tiny.ENGINE, {"driver": Driver.DEVICE_LOOP, "steps_per_launch": 3}),
+    "peak memory": (TIGHT, {"policy": tiny.policy("peak_memory")}),
+    "past future": (TIGHT, {"policy": tiny.policy("past_future")}),
+    "reserve": (TIGHT, {"policy": tiny.policy("reserve_max")}),
+    "oracle, shortest job": (TIGHT, {"policy": tiny.policy("oracle", priority="shortest_job")}),
+    "static batches": (tiny.ENGINE, {"policy": tiny.policy(batching="static")}),
+    "few slots": (dataclasses.replace(tiny.ENGINE, num_slots=2), {}),
+    "reference attention": (tiny.ENGINE, {"attention": "reference"}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tokens_do_not_depend_on_the_schedule(name):
+    config, options = VARIANTS[name]
+    engine = tiny.engine(config, **options)
+    outputs = engine.generate(REQUESTS)
+    assert {o.request_id: o.token_ids for o in outputs} == expected()
+    assert int(engine._state.pool.num_free) == config.num_pages, "every page is free at the end"
+    if name in ("tight pages", "tight pages, small budget", "tight pages, device loop"):
+        assert sum(r.num_preemptions for r in engine.records) > 0, "this case must preempt to mean anything"
+    if "reserve" in name or "oracle" in name:
+        assert sum(r.num_preemptions for r in engine.records) == 0, "these forecasts never over-admit"
+
+
+def test_logprobs_are_the_models():
+    engine = tiny.engine()
+    for request, output in zip(REQUESTS[:4], engine.generate(REQUESTS[:4]), strict=True):
+        known = [*request.prompt_ids, *output.token_ids]
+        logits = numpy_decoder.logits(tiny.LLAMA, tiny.params(tiny.LLAMA), known)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        at = np.arange(len(request.prompt_ids) - 1, len(known) - 1)
+        np.testing.assert_allclose(output.logprobs, logprobs[at, output.token_ids], atol=1e-3)
+
+
+def test_one_trace_serves_everything():
+    traces = []
+
+    def forward(params, kv, batch):
+        traces.append(batch.tokens.shape[0])
+        return serve.execute.forward(tiny.LLAMA, params, kv, batch)
+
+    engine = tiny.engine(forward=forward)
+    engine.generate(tiny.requests(9))
+    engine.generate(tiny.requests(3, seed=5, temperature=(1.0,), top_k=5))
+    assert traces == list(tiny.ENGINE.token_budgets), "each rung is traced once"
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A compiled step over a cache that dwarfs everything else, so that a copy of it cannot hide."""
+    config = dataclasses.replace(tiny.ENGINE, num_pages=4096)
+    engine = tiny.engine(config)
+    return engine._launch.lower(engine._params, engine._state), engine
+
+
+def test_kv_is_updated_in_place(compiled):
+    lowered, engine = compiled
+    kv_bytes = sum(x.nbytes for x in jax.tree.leaves(engine._state.kv))
+    memory = lowered.compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(engine._state))
+    assert memory.temp_size_in_bytes < kv_bytes / 4, f"{memory.temp_size_in_bytes} B of temporaries, KV is {kv_bytes} B"
+
+
+def test_no_host_callback_in_the_step(compiled):
+    assert "callback" not in compiled[0].as_text()
+
+
+def test_a_cancelled_requests_pages_come_back_at_once():
+    engine = tiny.engine()
+    for request in tiny.requests(4, max_tokens=18):
+        engine.submit(request)
+    for _ in range(3):
+        engine.poll()
+    partial = engine.cancel("r1")
+    assert partial.finish_reason == "cancelled"
+    assert int(engine._state.pool.num_pages.sum()) + int(engine._state.pool.num_free) == tiny.ENGINE.num_pages
+    assert not bool(engine._state.scheduler.resident[np.asarray(engine._state.scheduler.request_id) == 1].any())
+    with pytest.raises(KeyError):
+        engine.cancel("r1")
+    rest = []
+    while engine.num_unfinished:
+        rest += [event.output for event in engine.poll() if event.output is not None]
+    alone = {o.request_id: o.token_ids for o in tiny.engine().generate(tiny.requests(4, max_tokens=18))}
+    assert {o.request_id: o.token_ids for o in rest} == {k: v for k, v in alone.items() if k != "r1"}
+    assert partial.token_ids == alone["r1"][: len(partial.token_ids)]
+    assert int(engine._state.pool.num_free) == tiny.ENGINE.num_pages
+
+
+def test_a_queued_request_can_be_cancelled():
+    engine = tiny.engine(dataclasses.replace(tiny.ENGINE, num_slots=1))
+    for request in tiny.requests(3):
+        engine.submit(request)
+    engine.poll()
+    assert engine.cancel("r2").token_ids == ()
+    done = []
+    while engine.num_unfinished:
+        done += [event.request_id for event in engine.poll() if event.output is not None]
+    assert done == ["r0", "r1"]
+
+
+def test_online_arrivals_join_and_stream_the_same_tokens():
+    engine = tiny.engine()
+    arriving = [dataclasses.replace(r, arrival_s=0.02 * i) for i, r in enumerate(REQUESTS)]
+    streamed: dict[str, list[int]] = {}
+    outputs = engine.replay(arriving, lambda e: streamed.setdefault(e.request_id, []).extend(e.token_ids))
+    assert {o.request_id: o.token_ids for o in outputs} == expected()
+    assert {k: tuple(v) for k, v in streamed.items()} == expected()
+
+
+def test_a_stop_token_ends_the_request_and_is_part_of_its_tokens():
+    greedy = expected()["r0"]
+    stop = greedy[len(greedy) // 2]
+    how = dataclasses.replace(REQUESTS[0].sampling, stop_tokens=(stop,))
+    (output,) = tiny.engine().generate([dataclasses.replace(REQUESTS[0], sampling=how)])
+    assert output.token_ids == greedy[: greedy.index(stop) + 1]
+    assert output.finish_reason == "stop"
+
+
+def test_seed_alone_decides_the_samples():
+    how = SamplingParams(temperature=1.0, seed=7, max_tokens=12)
+    same = [Request("a", (1, 2, 3), how), Request("b", (1, 2, 3), how)]
+    other = Request("c", (1, 2, 3), dataclasses.replace(how, seed=8))
+    noise = tiny.requests(3, temperature=(0.0, 1.3), top_p=0.5)
+    a, b, c, *_ = tiny.engine().generate([*same, other, *noise])
+    assert a.token_ids == b.token_ids != c.token_ids
+
+
+BAD = {
+    "prompt of 60 tokens plus max_tokens=8 exceeds max_len=64": Request("bad", (1,) * 60, SamplingParams(max_tokens=8)),
+    "needs 16 pages at its longest, the pool has num_pages=13": Request("bad", (1,) * 60, SamplingParams(max_tokens=4)),
+    "prompt token 97 is outside the vocabulary \\[0, 97\\)": Request("bad", (5, 97)),
+    "stop token 99 is outside the vocabulary": Request("bad", (5,), SamplingParams(max_tokens=4, stop_tokens=(99,))),
+    "3 stop tokens .* exceed max_stop_tokens=2": Request("bad", (5,), SamplingParams(max_tokens=4, stop_tokens=(1, 2, 3))),
+    "stop strings \\('x',\\) need a tokenizer": Request("bad", (5,), SamplingParams(max_tokens=4, stop=("x",))),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_requests_are_refused_and_harm_nobody(message):
+    engine = tiny.engine(TIGHT, policy=tiny.policy("peak_memory"))
+    bad = BAD[message]
+    if "vocabulary" in message and bad.sampling.max_tokens > 59:
+        bad = dataclasses.replace(bad, sampling=SamplingParams(max_tokens=4))
+    engine.submit(REQUESTS[0])
+    engine.poll()
+    with pytest.raises(ValueError, match=message):
+        engine.submit(bad)
+    with pytest.raises(ValueError, match=message):
+        engine.generate([REQUESTS[1], bad])
+    assert engine.num_unfinished == 1
+    with pytest.raises(ValueError, match="'r0': a request with this id is not finished yet"):
+        engine.submit(REQUESTS[0])
+    events = []
+    while engine.num_unfinished:
+        events += engine.poll()
+    assert events[-1].output.token_ids == expected()["r0"]
+    with pytest.raises(ValueError, match="'r1' is used twice"):
+        engine.generate([REQUESTS[1], REQUESTS[1]])
+
+
+def test_an_engine_longer_than_its_model_is_refused():
+    with pytest.raises(ValueError, match="max_len=512 exceeds the 256 tokens"):
+        core.init(dataclasses.replace(tiny.ENGINE, max_len=512), tiny.LLAMA)
+
+
+def test_idle_engine_does_nothing():
+    engine = tiny.engine()
+    assert engine.poll() == []
+    assert engine.generate([]) == []
+    assert engine.steps == []
+
+
+def test_records_tell_the_order_of_events():
+    engine = tiny.engine()
+    engine.generate(REQUESTS)
+    assert len(engine.records) == len(REQUESTS)
+    for record in engine.records:
+        assert record.arrival_s <= record.first_token_s <= record.finish_s
+    tokens = sum(s.num_decode_tokens + s.num_prefill_tokens for s in engine.steps)
+    assert tokens == sum(r.input_len + r.output_len - 1 for r in engine.records), "each token is computed exactly once"
+    assert all(s.num_decode_tokens + s.num_prefill_tokens <= s.token_budget for s in engine.steps)
+
+
+def test_a_full_budget_is_filled_exactly():
+    engine = tiny.engine(dataclasses.replace(tiny.ENGINE, token_budgets=(16,)))
+    engine.generate(tiny.requests(6, max_prompt_len=30, max_tokens=2))
+    total = sum(s.num_decode_tokens + s.num_prefill_tokens for s in engine.steps)
+    full = [s for s in engine.steps if s.num_decode_tokens + s.num_prefill_tokens == 16]
+    assert len(full) >= total // 16 - 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_all_kv_dtypes_serve(dtype):
+    outputs = tiny.engine(kv_dtype=dtype).generate(REQUESTS[:3])
+    assert [len(o.token_ids) for o in outputs] == [r.sampling.max_tokens for r in REQUESTS[:3]]

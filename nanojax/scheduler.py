@@ -163,12 +163,12 @@ def plan(
     order = jnp.lexsort((state.arrival, policy.priority(state), late_phase, todo == 0)).astype(jnp.int32)
 
     todo = todo[order]
-    room = (pool.num_pages * page_size - state.num_computed)[order]
+    room = jnp.where(todo > 0, (pool.num_pages * page_size - state.num_computed)[order], 0)  # else the slot is stale
     wanted = _take(todo, token_budget)
-    pages_wanted = _pages_beyond(wanted, room, page_size)
+    pages_wanted = pages_for(jnp.maximum(wanted - room, 0), page_size)
     pages_left = jnp.maximum(num_free - _exclusive_cumsum(pages_wanted), 0)
     granted = _take(jnp.minimum(todo, room + pages_left * page_size), token_budget)
-    new_pages = _pages_beyond(granted, room, page_size)
+    new_pages = pages_for(jnp.maximum(granted - room, 0), page_size)
 
     # The batch wants one-token rows first: a stable partition of the order above into one-token rows, chunks, idle.
     kind = jnp.where(granted == 1, 0, jnp.where(granted > 1, 1, 2))
@@ -246,8 +246,3 @@ def _exclusive_cumsum(x: Int32[Array, "n"]) -> Int32[Array, "n"]:
 def _take(todo: Int32[Array, "S"], budget: Int32[Array, ""]) -> Int32[Array, "S"]:
     """Serves `todo` in order from `budget`, the last one served in part."""
     return jnp.clip(budget - _exclusive_cumsum(todo), 0, todo)
-
-
-def _pages_beyond(taken: Int32[Array, "S"], room: Int32[Array, "S"], page_size: int) -> Int32[Array, "S"]:
-    """Pages to add so that `taken` more tokens fit; none for a request that takes nothing, whatever its slot holds."""
-    return jnp.where(taken > 0, pages_for(jnp.maximum(taken - room, 0), page_size), 0)

@@ -22,6 +22,7 @@ from nanojax import invariants, scheduler
 from nanojax.array_types import Params
 from nanojax.config import EngineConfig, ModelConfig
 from nanojax.engine import Arrivals, Finish, Forward
+from nanojax.invariants import InvariantError
 from nanojax.metrics import RequestRecord, StepRecord
 from nanojax.pipeline import execute
 from nanojax.sampling import NO_TOKEN
@@ -298,6 +299,8 @@ class Engine:
         if step["token_budget"] > 0:
             names = ("token_budget", "num_decode_tokens", "num_prefill_tokens", "num_running", "num_waiting", "pages_in_use")
             self.steps.append(StepRecord(now, **{name: int(step[name]) for name in names}))
+        elif step["num_running"] + step["num_waiting"] > 0:
+            raise InvariantError("no request can move\n" + invariants.describe(self.config, self._state))
         ids = step["request_id"]
         for slot in np.flatnonzero(step["preempted"]):
             if (entry := self._live.get(int(ids[slot]))) is not None:

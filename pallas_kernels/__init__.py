@@ -1,1 +1,1 @@
-"""Which kernels are there?  One folder each: reference, contract, implementations, shapes.  A leaf: imports only jax."""
+"""Which kernels are there?  One folder each: reference, contract, implementations, shapes.  A leaf: never nanojax."""

@@ -3,7 +3,12 @@
 import os
 import pathlib
 
+CHECKOUT = pathlib.Path(__file__).parents[1]
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Many tests build the same engine; each program is compiled once, also across workers and runs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CHECKOUT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import pytest
 
@@ -11,7 +16,7 @@ import pytest
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """Folder with traces, a tiny real model and golden outputs, beside the checkout; tests that need it skip without it."""
-    path = pathlib.Path(__file__).parents[2] / "shared" / "data"
+    path = CHECKOUT.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip("needs ../shared/data, which is not part of this repository")
     return path

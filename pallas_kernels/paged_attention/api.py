@@ -2,7 +2,6 @@
 
 import math
 
-
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.paged_attention import reference, xla

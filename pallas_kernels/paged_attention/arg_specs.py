@@ -77,11 +77,21 @@ SERVING_SPECS = (
 )
 
 
-def make_args(spec: ArgSpec, dtype: DTypeLike, *, kv_dtype: DTypeLike | None = None, num_layers: int = 1) -> dict:
-    """Random arguments of `api.paged_attention` but `layer`: the pages in use lie scattered over a pool twice as big."""
+def make_args(
+    spec: ArgSpec,
+    dtype: DTypeLike,
+    *,
+    kv_dtype: DTypeLike | None = None,
+    num_layers: int = 1,
+    num_pages: int | None = None,
+) -> dict:
+    """Random arguments of `api.paged_attention`, but `layer`.
+
+    The pages in use lie scattered over a pool of `num_pages` pages, twice as many as are used if None.
+    """
     rng = np.random.default_rng(0)
-    num_rows, num_used = len(spec.q_lens), spec.num_pages_used
-    num_pages = 2 * max(num_used, 1)
+    num_rows = len(spec.q_lens)
+    num_pages = 2 * max(spec.num_pages_used, 1) if num_pages is None else num_pages
     table = rng.integers(0, num_pages, (spec.num_rows, spec.pages_per_row), np.int32)
     free = iter(rng.permutation(num_pages))
     for row, kv_len in enumerate(spec.kv_lens):

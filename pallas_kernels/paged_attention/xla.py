@@ -66,7 +66,7 @@ def paged_attention(
     sm_scale: float,
     config: Config = Config(),
 ) -> Float[Array, "T H h"]:
-    """Attention as `api.paged_attention` defines it.  Temporary memory: a few blocks, two copies of q, the page table."""
+    """Attention as `api.paged_attention` defines it.  Temporary memory: some blocks, copies of q and of the table."""
     num_tokens, _, head_dim = q.shape
     num_layers, num_pages, num_kv_heads, page_size, _ = k_pages.shape
     # All layers end to end is a bitcast; to take one layer out would copy it.
@@ -84,11 +84,11 @@ def paged_attention(
     queries = jnp.pad(q.reshape(num_tokens, num_kv_heads, -1, head_dim), ((0, config.query_tile), *((0, 0),) * 3))
     out = _decode(config, queries, cache, kv_lens, num_decode, sm_scale)
     out = _prefill(config, out, queries, cache, kv_lens, cu_q_lens, num_decode, sm_scale)
-    return out[:num_tokens].reshape(q.shape)
+    return out[:num_tokens].reshape(q.shape).astype(q.dtype)
 
 
 def _cut_into_blocks(page_indices, num_used, pages_per_block):
-    """[R P] -> [R blocks pages_per_block]; entries beyond the pages in use repeat the last one, as reads must be valid."""
+    """[R P] -> [R blocks pages_per_block]; entries beyond the pages in use repeat the last one."""
     num_rows, width = page_indices.shape
     num_blocks = -(-width // pages_per_block)
     place = jnp.minimum(jnp.arange(num_blocks * pages_per_block), jnp.maximum(num_used[:, None] - 1, 0))
@@ -100,17 +100,20 @@ def _gather(cache, page_ids, num_valid, iteration):
 
     Values beyond `num_valid` tokens become 0, because weight 0 times NaN is NaN.
     """
-    # Tied to the iteration, or XLA moves the conversion of the whole cache to another dtype out of the loop.
-    (k_pages, v_pages), _ = lax.optimization_barrier((cache.pages, iteration))
+    # Tied to the iteration, or XLA moves work on the whole cache out of the loop; as integers, or XLA for CPUs reads
+    # bfloat16 by way of float32.
+    pages, _ = lax.optimization_barrier((cache.pages, iteration))
+    integer = jnp.dtype(f"uint{8 * pages[0].dtype.itemsize}")
     heads = jnp.arange(cache.num_kv_heads, dtype=jnp.int32)[:, None]
     places = (page_ids[..., None, :] + cache.first_page) * cache.num_kv_heads + heads  # [... K pages_per_block]
-    k, v = (pages.at[places].get(mode="promise_in_bounds") for pages in (k_pages, v_pages))
+    k, v = (lax.bitcast_convert_type(x, integer).at[places].get(mode="promise_in_bounds") for x in pages)
     head_dim = k.shape[-1] // cache.page_size
     first_token = jnp.arange(page_ids.shape[-1]) * cache.page_size
     num_values = (num_valid[..., None] - first_token)[..., None, :, None] * head_dim
-    v = jnp.where(jnp.arange(v.shape[-1]) < num_values, v, 0)
+    v = jnp.where(jnp.arange(v.shape[-1]) < num_values, v, jnp.zeros((), integer))
     shape = (*page_ids.shape[:-1], cache.num_kv_heads, cache.block, head_dim)
-    return k.reshape(shape).astype(cache.dtype), v.reshape(shape).astype(cache.dtype)
+    k, v = (lax.bitcast_convert_type(x, pages[0].dtype).reshape(shape).astype(cache.dtype) for x in (k, v))
+    return k, v
 
 
 def _dot(subscripts, a, b, dtype):
@@ -118,7 +121,7 @@ def _dot(subscripts, a, b, dtype):
 
 
 def _decode(config, queries, cache, kv_lens, num_decode, sm_scale):
-    """Output of the first `num_decode` tokens, 0 for the others: [T+tile K G h]."""
+    """Output of the first `num_decode` tokens, 0 for the others: float32 [T+tile K G h]."""
     num_rows, blocks_per_row, _ = cache.page_ids.shape
     capacity = min(num_rows, queries.shape[0] - config.query_tile)
     step = min(config.decode_blocks, capacity * blocks_per_row)
@@ -159,7 +162,7 @@ def _decode(config, queries, cache, kv_lens, num_decode, sm_scale):
     state = (acc[..., 0] + MASKED, acc[..., 0], acc)
     _, total, acc = lax.fori_loop(0, -(-cu_blocks[-1] // step), body, state)
     out = acc / jnp.maximum(total, 1)[..., None]  # the peak alone adds 1, so only rows without work change
-    return jnp.pad(out.astype(queries.dtype), ((0, queries.shape[0] - capacity), *((0, 0),) * 3))
+    return jnp.pad(out, ((0, queries.shape[0] - capacity), *((0, 0),) * 3))
 
 
 def _prefill(config, out, queries, cache, kv_lens, cu_q_lens, num_decode, sm_scale):
@@ -196,7 +199,7 @@ def _prefill(config, out, queries, cache, kv_lens, cu_q_lens, num_decode, sm_sca
         acc = jnp.zeros(query.shape, jnp.float32)
         num_blocks = jnp.where(num_queries > 0, last // cache.block + 1, 0)
         _, total, acc = lax.fori_loop(0, num_blocks, body, (acc[..., 0] + MASKED, acc[..., 0], acc))
-        tile_out = (acc / jnp.maximum(total, 1)[..., None]).transpose(2, 0, 1, 3).astype(out.dtype)
+        tile_out = (acc / jnp.maximum(total, 1)[..., None]).transpose(2, 0, 1, 3)
         return start, num_queries, tile_out
 
     def body(i, out):

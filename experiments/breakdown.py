@@ -1,0 +1,229 @@
+"""Where does the time of a run go?  The parts of a step, each compiled and timed alone at the shapes that the run had.
+
+For each rung of the ladder a typical step is laid out: as many decode rows, prefill tokens and pages as the run's steps on
+that rung had on average, prompts of the mean length, contexts of one length.  Parts are timed in turn (median of
+`NUM_REPEATS`) and weighted with the rung's number of steps:
+
+    dense       embedding, norms, projections, rotation, feed-forward, logits: all layers, attention's place left out
+    attention   `paged_attention` of all layers over the pages in use
+    kv_write    storing keys and values of all layers
+    sampling    the next token (and log-probability) of each row
+    scheduling  admit, plan, pages, pack, commit
+    step_rest   the whole step, timed in the same way, less the parts: what the parts alone do not show
+    host        the run's wall time less its steps: launching, reading reports, text, waiting for one another
+
+Shares are of the run's wall time and add up to 1.  They are estimates: a typical step stands for many, and a part alone
+is not fused with its neighbours; `step_rest` and `host` can come out below 0 by that error.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import serving
+from nanojax import batch, kv_cache, sampling, scheduler
+from nanojax import engine as core
+from nanojax.batch import RaggedBatch
+from nanojax.config import EngineConfig, ModelConfig
+from nanojax.engine import EngineState
+from nanojax.metrics import StepRecord
+from nanojax.models import decoder
+from nanojax.pipeline import execute
+from nanojax.scheduler import Policy
+from nanojax.weights import LoadedModel
+from pallas_kernels.paged_attention import paged_attention
+
+PARTS = ("dense", "attention", "kv_write", "sampling", "scheduling", "step_rest", "host")
+NUM_REPEATS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Typical:
+    """The mean step of a rung: rows that decode, prefill tokens by row, tokens in the cache of a decode row."""
+
+    token_budget: int
+    num_steps: int
+    num_decode: int
+    chunk_lens: tuple[int, ...]
+    context_len: int
+
+
+def measure(
+    values: flags.FlagValues,
+    loaded: LoadedModel,
+    steps: Sequence[StepRecord],
+    *,
+    duration_s: float,
+    mean_input_len: float,
+) -> dict[str, float]:
+    """`time_fraction_<part>` for each of `PARTS`, and the median times behind them (`part_s_<part>_<rung>`)."""
+    config, policy = serving.engine_config(values, loaded), serving.policy(values)
+    forward = functools.partial(execute.forward, loaded.config, attention=values.attention)
+    step = jax.jit(functools.partial(core.step, config, policy, forward), donate_argnums=1)
+    state = core.init(config, loaded.config, serving.kv_dtype(values))
+    totals_s, found = dict.fromkeys(PARTS, 0.0), {}
+    for rung in sorted({record.token_budget for record in steps}):
+        typical = typical_step([record for record in steps if record.token_budget == rung], config, mean_input_len)
+        state = lay_out(config, typical, state, values.temperature)
+        medians_s, state = _time_parts(values, config, policy, loaded, step, state, typical)
+        medians_s["step_rest"] = 2 * medians_s["step"] - sum(medians_s.values())
+        for part, median_s in medians_s.items():
+            found[f"part_s_{part}_{rung}"] = median_s
+            if part in totals_s:
+                totals_s[part] += median_s * typical.num_steps
+    totals_s["host"] = duration_s - sum(totals_s.values())
+    return {f"time_fraction_{part}": total_s / duration_s for part, total_s in totals_s.items()} | found
+
+
+def table(metrics: Mapping[str, int | float | None]) -> str:
+    """The shares, one line each."""
+    lines = ["where the time went (each part timed alone at the run's mean shapes, see experiments/breakdown.py)"]
+    return "\n".join([*lines, *(f"  {part:<12}{100 * (metrics[f'time_fraction_{part}'] or 0):6.1f} %" for part in PARTS)])
+
+
+def typical_step(steps: Sequence[StepRecord], config: EngineConfig, mean_input_len: float) -> Typical:
+    """The mean of `steps`, all on one rung.  A request's last page is half full on average."""
+    decode, prefill, running, pages = (
+        float(np.mean([getattr(step, name) for step in steps]))
+        for name in ("num_decode_tokens", "num_prefill_tokens", "num_running", "pages_in_use")
+    )
+    num_decode = min(round(decode), config.num_slots - 1)
+    num_prefill = round(prefill)
+    num_chunks = min(max(1, round(num_prefill / mean_input_len)), config.num_slots - num_decode) if num_prefill > 1 else 0
+    chunks = tuple(len(part) for part in np.array_split(np.arange(num_prefill), num_chunks)) if num_chunks else ()
+    context = round((pages / max(running, 1) - 0.5) * config.page_size)
+    return Typical(steps[0].token_budget, len(steps), num_decode, chunks, min(max(context, 1), config.max_len - 2))
+
+
+def lay_out(config: EngineConfig, typical: Typical, state: EngineState, temperature: float) -> EngineState:
+    """An engine state whose next step is the typical one.  Keeps only the KV arrays of `state`."""
+    known = [typical.context_len + 1] * typical.num_decode + list(typical.chunk_lens)
+    computed = [typical.context_len] * typical.num_decode + [0] * len(typical.chunk_lens)
+    column = functools.partial(_padded, config.num_slots)
+    occupied = jnp.arange(config.num_slots) < len(known)
+    requests = dataclasses.replace(
+        scheduler.init(config.num_slots), request_id=column(range(len(known))), resident=occupied, active=occupied,
+        num_tokens=column(known), num_computed=column(computed), prompt_len=column(known),
+        max_tokens=jnp.full((config.num_slots,), config.max_len, jnp.int32), expected_tokens=column([n + 1 for n in known]),
+        arrival=jnp.arange(config.num_slots, dtype=jnp.int32),
+    )  # fmt: skip
+    pages = kv_cache.pages_for(requests.num_computed, config.page_size)
+    return EngineState(
+        scheduler=requests,
+        pool=kv_cache.grow(kv_cache.init_pool(config), pages, config.num_pages),
+        kv=state.kv,
+        sampling=dataclasses.replace(
+            sampling.init(config.num_slots, config.max_stop_tokens),
+            temperature=jnp.full((config.num_slots,), temperature, jnp.float32),
+        ),
+        tokens=jnp.zeros((config.num_slots, config.max_len), jnp.int32),
+    )
+
+
+def schedule(
+    config: EngineConfig, policy: Policy, token_budget: int, state: EngineState
+) -> tuple[RaggedBatch, scheduler.SchedulerState, kv_cache.PagePool]:
+    """What a step does besides computing: its batch, and the bookkeeping as if no request ended."""
+    admitted = scheduler.admit(config, policy, state.scheduler, state.pool)
+    plan = scheduler.plan(config, policy, admitted, state.pool, jnp.int32(token_budget))
+    max_new_pages = config.num_slots + token_budget // config.page_size
+    pool = kv_cache.grow(kv_cache.release(state.pool, plan.preempt), plan.new_pages, max_new_pages)
+    packed = batch.pack(
+        plan.order, plan.q_lens, plan.num_decode, admitted.num_computed, state.tokens, pool.page_indices,
+        token_budget=token_budget, page_size=config.page_size, num_pages=config.num_pages,
+    )  # fmt: skip
+    is_sampled = scheduler.samples(admitted, plan)
+    return packed, scheduler.commit(admitted, plan, is_sampled, jnp.zeros_like(is_sampled)), pool
+
+
+def _time_parts(
+    values: flags.FlagValues, config: EngineConfig, policy: Policy, loaded: LoadedModel, step, state: EngineState,
+    typical: Typical,
+) -> tuple[dict[str, float], EngineState]:  # fmt: skip
+    """Median seconds of the whole step and its parts, interleaved; consumes `state` and gives one with its KV arrays."""
+    model, budget = loaded.config, typical.token_budget
+    kv, small = state.kv, dataclasses.replace(state, kv=None)
+    plan = jax.jit(functools.partial(schedule, config, policy, budget))
+    packed, *_ = jax.block_until_ready(plan(small))
+    key = jax.random.key(values.seed)
+    queries = jax.random.normal(key, (budget, model.num_heads, model.head_dim))
+    keys = jax.random.normal(key, (budget, model.num_kv_heads, model.head_dim))
+    logits = jax.random.normal(key, (packed.row_slots.shape[0], model.vocab_size))
+
+    dense = jax.jit(functools.partial(_dense, model))
+    attend = jax.jit(functools.partial(_attend, model, values.attention))
+    write = jax.jit(functools.partial(_write, model), donate_argnums=0)
+    sample = jax.jit(_sample)
+
+    def run_write() -> jax.Array:
+        nonlocal kv
+        kv = write(kv, keys, packed)
+        return kv.k
+
+    def run_step() -> jax.Array:
+        nonlocal kv
+        new, report = step(loaded.params, dataclasses.replace(jax.tree.map(jnp.copy, small), kv=kv))
+        kv = new.kv
+        return report.token
+
+    runs: dict[str, Callable] = {
+        "step": run_step,
+        "dense": lambda: dense(loaded.params, packed),
+        "attention": lambda: attend(kv, queries.astype(kv.k.dtype), packed),
+        "kv_write": run_write,
+        "sampling": lambda: sample(logits, small.sampling, packed.row_slots, small.scheduler.num_tokens),
+        "scheduling": lambda: plan(small),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(-1, NUM_REPEATS):
+        for name, part in runs.items():
+            start_s = time.perf_counter()
+            jax.block_until_ready(part())
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - start_s)
+    return {name: float(np.median(times)) for name, times in seconds.items()}, dataclasses.replace(state, kv=kv)
+
+
+def _dense(model: ModelConfig, params, packed: RaggedBatch):
+    """All that is computed per token without its context.  Queries stand where attention's result would."""
+    bound = decoder.bind(model, params)
+    rope = jax.lax.optimization_barrier(decoder.rope_angles(model, packed.positions))
+    x, stored = bound.embed_tokens(packed.tokens), []
+    for layer in bound.layers:
+        q, k, v = layer.project_qkv(x, rope)
+        stored.append((k, v))  # given back, so that they are computed
+        x = layer.project_out(x, q)
+        x = layer.down(x, layer.up_gate(x))
+    return bound.logits(x[jnp.maximum(packed.cu_q_lens[1:] - 1, 0)]), stored
+
+
+def _attend(model: ModelConfig, implementation: str | None, kv: kv_cache.KVPages, x, packed: RaggedBatch):
+    """Each layer's result is the next one's query, so that they run in order and none is left out."""
+    for index in range(model.num_layers):
+        x = paged_attention(
+            x, kv.k, kv.v, index, packed.kv_lens, packed.page_indices, packed.cu_q_lens, packed.num_decode,
+            implementation=implementation,
+        ).astype(kv.k.dtype)  # fmt: skip
+    return x
+
+
+def _write(model: ModelConfig, kv: kv_cache.KVPages, keys, packed: RaggedBatch) -> kv_cache.KVPages:
+    offset = packed.positions % kv.k.shape[3]
+    for index in range(model.num_layers):
+        kv = kv_cache.write(kv, index, keys, keys, packed.pages, offset)
+    return kv
+
+
+def _sample(logits, how: sampling.SamplingState, slots, num_tokens):
+    token = sampling.sample(logits, how, slots, num_tokens[slots])
+    return token, sampling.logprob(logits, token, how.wants_logprob[slots])
+
+
+def _padded(size: int, numbers: Sequence[int]) -> jax.Array:
+    return jnp.array([*numbers, *[0] * (size - len(numbers))], jnp.int32)

@@ -1,0 +1,161 @@
+"""How many tokens per second does the engine serve when all requests are there at once?
+
+Figure: throughput, running requests and KV pages over time.  With `--sweep` a figure of one metric by the swept flag.
+Claim: paper section 6.2, offline throughput (input + output tokens / time) and its percentage of the optimum (Eq. 5).
+Command: make run, or python -m experiments.offline_throughput [--sweep="page_size=8,16,32" --repeats=3]
+Hardware: any; the default, SmolLM2-135M and the project's 64 prompts, is meant for a CPU.    Minutes: 1.
+Expected: no published number; the answers are readable, the percentage of the optimum says what is left to gain.
+
+    out/offline_throughput.json              record of the run (of each point: offline_throughput-page_size=8.json)
+    out/offline_throughput.png               its figure
+    out/offline_throughput-sweep.json, .png  table and figure of a sweep
+"""
+
+import dataclasses
+import gc
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from experiments import breakdown, plots, serving, serving_flags, summary
+from experiments.record import make_record, write_record
+from experiments.sweep import sweep_series
+from nanojax import hardware
+from nanojax.metrics import StepRecord, step_series, summarize
+from nanojax.weights import LoadedModel
+
+NAME = "offline_throughput"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one run gave.  `steps` end at times since the start of the run."""
+
+    metrics: dict[str, int | float | None]
+    steps: list[StepRecord]
+    config: dict[str, Any]
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    serving_flags.define(values)
+    serving_flags.define_work(values)
+    flags.DEFINE_string("sweep", "", "Runs to compare: 'page_size=8,16,32', several flags with ';'.", flag_values=values)
+    flags.DEFINE_string("sweep_metric", "total_tokens_per_s", "What the figure of a sweep shows.", flag_values=values)
+    flags.DEFINE_integer("repeats", 1, "Runs of each point, points in turn; the median counts.", 1, flag_values=values)
+    flags.DEFINE_bool("breakdown", False, "Also time the parts of a step, about a minute.", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> list[dict[str, Any]]:
+    """Runs all points, prints, writes records and figures; gives the records of the points."""
+    with serving_flags.one_line_errors():
+        points = serving_flags.sweep_points(values, values.sweep)
+    folder = pathlib.Path(values.out)
+    runs: list[list[Run]] = [[] for _ in points]
+    models: dict[tuple, LoadedModel] = {}
+    for repeat in range(values.repeats):
+        for (point, own), results in zip(points, runs, strict=True):
+            label = ", ".join(f"{name}={value}" for name, value in point.items())
+            if label or values.repeats > 1:
+                print(f"-- {label or NAME} ({repeat + 1} of {values.repeats})")
+            results.append(_serve(own, models))
+            gc.collect()  # the engine's KV cache, before the next one is made
+    records = []
+    for (point, own), results in zip(points, runs, strict=True):
+        typical = _median(results)
+        record = make_record(
+            NAME, "measured", metrics=typical.metrics, config=typical.config, seed=own.seed,
+            series={"timeline": step_series(typical.steps)},
+        )  # fmt: skip
+        stem = "-".join([NAME, *(f"{name}={value}" for name, value in point.items())])
+        write_record(record, folder / f"{stem}.json")
+        picture = plots.plot_timeline(record, folder / f"{stem}.png")
+        print(f"\n{stem}\n{summary.table(record['metrics'], record['device']['name'])}")
+        if own.breakdown:
+            print(breakdown.table(record["metrics"]))
+        print(f"record {folder / stem}.json, figure {picture}")
+        records.append(record)
+    if values.sweep:
+        _write_sweep(values, [point for point, _ in points], records, folder)
+    return records
+
+
+def _serve(values: flags.FlagValues, models: dict[tuple, LoadedModel]) -> Run:
+    """One run of the engine on its work.  `models` keeps what is loaded already."""
+    start_s = time.perf_counter()
+    with serving_flags.one_line_errors():
+        key = (values.model, values.weights, values.dtype, values.seed)
+        loaded = models[key] = models.get(key) or serving.load(values)
+        load_s = time.perf_counter() - start_s
+        work = serving.work(values, loaded, values.num_requests)
+        engine = serving.engine(values, loaded)
+        for request in work.requests:
+            engine.check(request)
+    start_s = time.perf_counter()
+    engine.warm_up()
+    compile_s = time.perf_counter() - start_s
+    print(f"{loaded.config.name}: {loaded.config.num_params / 1e6:,.1f} M parameters, {values.dtype}; ", end="")
+    print(f"loaded in {load_s:.1f} s, compiled in {compile_s:.1f} s", flush=True)
+    first: dict[str, float] = {}
+
+    def on_first_token() -> None:
+        if (age_s := summary.process_age_s()) is not None:
+            first["first_token_since_process_start_s"] = age_s
+
+    start_s = time.perf_counter()
+    with summary.progress(len(work.requests), work.questions, on_first_token) as on_event:
+        engine.generate(work.requests, on_event)
+    for age_s in first.values():
+        print(f"first token {age_s:.1f} s after the start of the process")
+    peak = _measure_peak(values)
+    metrics = summarize(
+        engine.records, engine.steps, peak_flops=peak.median, num_active_params=loaded.config.num_active_params,
+        num_pages=engine.config.num_pages,
+    )  # fmt: skip
+    metrics |= {"load_s": load_s, "compile_s": compile_s, "peak_flops": peak.median, **first}
+    config = serving.describe(values, loaded) | {"peak_flops_of": peak.what, "num_dropped": work.num_dropped}
+    steps = [dataclasses.replace(step, time_s=step.time_s - start_s) for step in engine.steps]
+    if values.breakdown:
+        duration_s = steps[-1].time_s
+        mean_input_len = metrics["num_input_tokens"] / metrics["num_requests"]
+        del engine, on_event  # the parts need room for a KV cache of their own
+        gc.collect()
+        metrics |= breakdown.measure(values, loaded, steps, duration_s=duration_s, mean_input_len=mean_input_len)
+    return Run(metrics, steps, config)
+
+
+def _measure_peak(values: flags.FlagValues) -> hardware.Measurement:
+    small = {"sizes": (128,), "num_repeats": 3} if values.smoke else {}
+    return hardware.measure_peak_flops(values.dtype, **small)
+
+
+def _median(results: list[Run]) -> Run:
+    """The run of median throughput, with the slowest and the fastest beside it."""
+    ordered = sorted(results, key=lambda result: result.metrics["total_tokens_per_s"] or 0)
+    rates = [result.metrics["total_tokens_per_s"] for result in ordered]
+    middle = ordered[len(ordered) // 2]
+    spread = {"num_repeats": len(ordered), "total_tokens_per_s_min": rates[0], "total_tokens_per_s_max": rates[-1]}
+    return dataclasses.replace(middle, metrics=middle.metrics | spread)
+
+
+def _write_sweep(
+    values: flags.FlagValues, points: list[dict], records: list[dict[str, Any]], folder: pathlib.Path
+) -> None:
+    table = sweep_series(points, [record["metrics"] for record in records])
+    config: Mapping[str, Any] = records[0]["config"] | {"swept": list(points[0]), "sweep": values.sweep}
+    for name in points[0]:
+        config.pop(name, None)
+    record = make_record(NAME, "measured", metrics={}, config=config, seed=values.seed, series={"sweep": table})
+    write_record(record, folder / f"{NAME}-sweep.json")
+    print(f"\n{values.sweep_metric} by {', '.join(points[0])}:")
+    for point, row in zip(points, records, strict=True):
+        label = ", ".join(f"{name}={value}" for name, value in point.items())
+        print(f"  {label:<40} {row['metrics'][values.sweep_metric]:,.4g}")
+    if len(points[0]) <= 2:
+        print(f"figure {plots.plot_sweep(record, values.sweep_metric, folder / f'{NAME}-sweep.png')}")
+
+
+if __name__ == "__main__":
+    serving_flags.launch(define_flags, run)

@@ -1,0 +1,189 @@
+"""What do the flags stand for?  Model, policy, engine and requests, made from flag values; nothing runs here."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import serving_flags
+from experiments.prompts import load_prompts
+from nanojax import scheduler, workload
+from nanojax.admission import make_forecast
+from nanojax.config import PRESETS, EngineConfig, ModelConfig
+from nanojax.models import decoder
+from nanojax.scheduler import Batching, PhaseOrder, Policy
+from nanojax.serve import Driver, Engine
+from nanojax.weights import LoadedModel, Tokenizer, load_model
+from nanojax.weights.chat import TEMPLATES
+from nanojax.workload import Request, SamplingParams, Trace
+
+SMOKE_CONFIG = ModelConfig(
+    "smoke", num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=64, vocab_size=257, max_len=2048
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Requests to serve.  questions: request id -> text to show with its answer; num_dropped: too long for the engine."""
+
+    requests: list[Request]
+    questions: dict[str, str]
+    num_dropped: int = 0
+
+
+def load(values: flags.FlagValues) -> LoadedModel:
+    """The model that `--model` and `--weights` name, on the default device.  Raises as `load_model` does."""
+    if values.weights is not None and values.weights != serving_flags.RANDOM_WEIGHTS:
+        return load_model(values.weights, dtype=values.dtype, cache_dir=serving_flags.cache_dir(values))
+    if values.model == serving_flags.DEFAULT_MODEL and values.weights is None:
+        return load_model(values.model, dtype=values.dtype, cache_dir=serving_flags.cache_dir(values))
+    name = "smollm2-135m" if values.model == serving_flags.DEFAULT_MODEL else values.model
+    config = SMOKE_CONFIG if name == serving_flags.SMOKE_MODEL else PRESETS[name]
+    params = decoder.init_params(config, jax.random.key(values.seed), jnp.dtype(values.dtype))
+    return LoadedModel(config, jax.block_until_ready(params), byte_tokenizer(config.vocab_size), TEMPLATES["raw"])
+
+
+def byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """For random weights: an id per byte, the other ids say nothing and none ends a text."""
+    return Tokenizer(str.encode, tuple(bytes((i,)) if i < 256 else b"" for i in range(vocab_size)), (), None)
+
+
+def policy(values: flags.FlagValues) -> Policy:
+    """The scheduling choices."""
+    known = {} if values.expected_output_len is None else {"expected_output_len": values.expected_output_len}
+    return Policy(
+        make_forecast(values.admission, seed=values.seed, **known),
+        scheduler.PRIORITIES[values.priority],
+        PhaseOrder(values.phase_order),
+        Batching(values.batching),
+    )
+
+
+def kv_dtype(values: flags.FlagValues) -> jnp.dtype:
+    """As `--kv_dtype` says; else float32 on a CPU (bfloat16 is converted element by element there), or the weights'."""
+    return jnp.dtype(values.kv_dtype or ("float32" if jax.default_backend() == "cpu" else values.dtype))
+
+
+def engine_config(values: flags.FlagValues, loaded: LoadedModel) -> EngineConfig:
+    """Capacities for `loaded`."""
+    return serving_flags.engine_config(values, loaded.config.max_len)
+
+
+def engine(values: flags.FlagValues, loaded: LoadedModel) -> Engine:
+    """An engine, not compiled yet (`Engine.warm_up`).  Raises ValueError when capacities do not suit the model."""
+    return Engine(
+        engine_config(values, loaded),
+        loaded.config,
+        loaded.params,
+        policy=policy(values),
+        tokenizer=loaded.tokenizer,
+        driver=Driver(values.driver),
+        attention=values.attention,
+        kv_dtype=kv_dtype(values),
+        check_invariants=values.check_invariants,
+    )
+
+
+def work(values: flags.FlagValues, loaded: LoadedModel, num_requests: int) -> Work:
+    """`num_requests` requests of `--trace`, all arriving at 0 s unless the trace says when.
+
+    Raises ValueError for a trace with fewer requests that fit the engine.
+    """
+    sampling = SamplingParams(temperature=values.temperature, seed=values.seed)
+    match values.trace:
+        case "prompts":
+            return _prompts(values, loaded, num_requests, sampling)
+        case "sharegpt_texts":
+            return _sharegpt_texts(values, loaded, num_requests, sampling)
+    rng = np.random.default_rng(values.seed)
+    trace = _trace(values, num_requests, rng)
+    kept, dropped = workload.length_filter(trace, max_len=engine_config(values, loaded).max_len)
+    _check_count(num_requests, len(kept), values)
+    kept = kept.select(np.arange(num_requests))
+    return Work(workload.synthetic_requests(kept, loaded.config.vocab_size, rng, sampling), {}, sum(dropped.values()))
+
+
+def describe(values: flags.FlagValues, loaded: LoadedModel) -> dict[str, Any]:
+    """For a record's `config`: the model, the capacities and the value of every flag that decides what is computed."""
+    shared = flags.FlagValues()
+    serving_flags.define(shared)
+    serving_flags.define_work(shared)
+    names = sorted(set(shared) & set(values) - {"out", "cache_dir", "smoke"})
+    shown = {name: _without_folder(values[name].value) for name in names}
+    capacities = dataclasses.asdict(engine_config(values, loaded))
+    model = {"model": loaded.config.name, "num_params": loaded.config.num_params, "kv_dtype": kv_dtype(values).name}
+    return {**shown, **capacities, **model}
+
+
+def _prompts(values: flags.FlagValues, loaded: LoadedModel, num_requests: int, sampling: SamplingParams) -> Work:
+    """The project's own prompts, from the start again (ids `...#2`) when there are not enough."""
+    prompts = load_prompts()
+    requests, questions = [], {}
+    for i in range(num_requests):
+        turn, prompt = i // len(prompts), prompts[i % len(prompts)]
+        request_id = f"{prompt.id}#{turn + 1}" if turn else prompt.id
+        how = dataclasses.replace(
+            sampling, max_tokens=values.max_tokens or prompt.max_tokens, seed=sampling.seed + i
+        )
+        requests.append(Request(request_id, loaded.tokenizer.encode(loaded.chat(prompt.messages)), how))
+        questions[request_id] = prompt.messages[-1]["content"]
+    return Work(requests, questions)
+
+
+def _sharegpt_texts(values: flags.FlagValues, loaded: LoadedModel, num_requests: int, sampling: SamplingParams) -> Work:
+    """First questions of real conversations; each output has the length of the recorded answer."""
+    max_len, num_dropped = engine_config(values, loaded).max_len, 0
+    requests, questions = [], {}
+    for conversation in workload.read_conversations(workload.find_sharegpt()):
+        if len(requests) == num_requests:
+            break
+        if conversation.first_turn is None or not all(conversation.first_turn):
+            continue
+        question, answer = conversation.first_turn
+        prompt_ids = loaded.tokenizer.encode(loaded.chat([{"role": "user", "content": question}]))
+        output_len = values.max_tokens or len(loaded.tokenizer.encode(answer))
+        if len(prompt_ids) + output_len > max_len:
+            num_dropped += 1
+            continue
+        seed = sampling.seed + len(requests)
+        how = dataclasses.replace(sampling, max_tokens=output_len, ignore_eos=True, seed=seed)
+        request_id = f"sharegpt-{len(requests)}"
+        requests.append(Request(request_id, prompt_ids, how, expected_output_len=output_len))
+        questions[request_id] = question
+    _check_count(num_requests, len(requests), values)
+    return Work(requests, questions, num_dropped)
+
+
+def _trace(values: flags.FlagValues, num_requests: int, rng: np.random.Generator) -> Trace:
+    """The trace before the engine's limit; more than asked where lengths are drawn, as some may be too long."""
+    name = values.trace
+    if name.startswith("constant:"):
+        input_len, output_len = map(int, name.removeprefix("constant:").split(","))
+        trace = workload.constant_trace(num_requests, input_len=input_len, output_len=output_len)
+    elif name in workload.PAPER_TABLE_4:
+        trace = workload.table4_trace(name, 4 * num_requests + 100, rng)
+    else:
+        trace = workload.load_trace(name)
+    if values.length_divisor > 1:
+        trace = workload.scale_lengths(dataclasses.replace(trace, prompt_ids=None), values.length_divisor)
+    if values.max_tokens is not None:
+        trace = dataclasses.replace(trace, output_lens=np.full(len(trace), values.max_tokens))
+    return trace
+
+
+def _check_count(num_requests: int, num_found: int, values: flags.FlagValues) -> None:
+    if num_found < num_requests:
+        raise ValueError(
+            f"trace {_without_folder(values.trace)!r} has {num_found} requests of at most {values.max_len} tokens, "
+            f"{num_requests} are wanted"
+        )
+
+
+def _without_folder(value: Any) -> Any:
+    """A path of this machine says nothing to the reader of a record: its last part does."""
+    return pathlib.Path(value).name if isinstance(value, str) and "/" in value else value
+

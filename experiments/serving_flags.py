@@ -1,0 +1,190 @@
+"""Which flags do all serving experiments share?  Their definitions, the points of a sweep, and the start of a program.
+
+An experiment has `define_flags(values)` and `run(values)`; under `__main__` it calls `launch(define_flags, run)`.  Flags
+come as an `absl.flags.FlagValues` argument, so that a test or a sweep runs an experiment on flags of its own.  What the
+flags stand for (model, engine, requests) is made in `experiments.serving`.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+from absl import app, flags
+
+from experiments.sweep import parse_sweep
+from nanojax.admission import ADMISSION_NAMES
+from nanojax.config import PRESETS, EngineConfig
+from nanojax.scheduler import PRIORITIES, Batching, PhaseOrder
+from nanojax.serve import Driver
+from nanojax.workload import PAPER_TABLE_4
+
+DEFAULT_MODEL = "smollm2"
+SMOKE_MODEL = "smoke"
+RANDOM_WEIGHTS = "random"
+DTYPES = ("bfloat16", "float32")
+TRACES = ("prompts", "sharegpt_texts", *PAPER_TABLE_4)
+
+SMOKE = {
+    "model": SMOKE_MODEL, "token_budgets": "16,64", "num_slots": 8, "page_size": 16, "num_pages": 640, "max_len": 1280,
+    "num_requests": 7, "max_tokens": 6, "request_rates": "20,40", "duration_s": 0.25, "cache_dir": "",
+}  # fmt: skip
+"""What `--smoke` changes, where the command line does not say otherwise: a tiny random model and little work."""
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the flags of model, engine, policy and work.  Defaults of the engine are those of `EngineConfig()`."""
+    engine = EngineConfig()
+    names = [driver.value for driver in Driver]
+    model_names = [DEFAULT_MODEL, SMOKE_MODEL, *PRESETS]
+    number = {"lower_bound": 1, "flag_values": values}
+
+    _enum("model", DEFAULT_MODEL, model_names, "smollm2: the real weights; any other: random ones.", values)
+    flags.DEFINE_string(
+        "weights", None, f"A .gguf or llama2.c .bin file, a Hugging Face directory, or {RANDOM_WEIGHTS!r}.", flag_values=values
+    )
+    _enum("dtype", DTYPES[0], DTYPES, "Of the weights.", values)
+    _enum("kv_dtype", None, DTYPES, "Of the KV cache; float32 on a CPU and the weights' elsewhere if not given.", values)
+
+    _enum("driver", Driver.DISPATCH_AHEAD.value, names, "How the host launches steps.", values)
+    _enum("admission", ADMISSION_NAMES[0], ADMISSION_NAMES, "Forecast of the peak page demand.", values)
+    _enum("priority", "first_come", list(PRIORITIES), "Who is served first.", values)
+    _enum("phase_order", PhaseOrder.DECODE_FIRST.value, [o.value for o in PhaseOrder], "Who gets tokens first.", values)
+    _enum("batching", Batching.CONTINUOUS.value, [b.value for b in Batching], "When requests join the batch.", values)
+    _enum("attention", None, ["reference", "xla"], "Implementation; the platform's best if not given.", values)
+    flags.DEFINE_integer("expected_output_len", None, "Mean output in tokens, until one is known.", **number)
+
+    ladder = ",".join(map(str, engine.token_budgets))
+    flags.DEFINE_string("token_budgets", ladder, "Ladder of tokens per step; `+` for `,` in a sweep.", flag_values=values)
+    flags.DEFINE_integer("page_size", engine.page_size, "Tokens per KV page.", **number)
+    flags.DEFINE_integer("num_pages", engine.num_pages, "KV pages in the pool.", **number)
+    flags.DEFINE_integer("num_slots", engine.num_slots, "Requests resident at once.", **number)
+    flags.DEFINE_integer("max_len", engine.max_len, "Longest prompt + output, at most the model's.", **number)
+    flags.DEFINE_bool("check_invariants", False, "Check the laws of the state after every launch.", flag_values=values)
+
+    flags.DEFINE_integer("seed", 0, "Of prompts, arrivals and samples.", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_integer("max_tokens", None, "New tokens per request, in place of the prompt's or trace's own.", **number)
+    flags.DEFINE_string("cache_dir", "~/.cache/nanojax", "Converted weights, compiled programs; '' for none.", flag_values=values)
+    flags.DEFINE_bool("smoke", False, "A tiny random model and little work: a check that takes seconds.", flag_values=values)
+
+    for name, is_good, rule in (
+        ("token_budgets", lambda text: _ladder(text) is not None, "must be ascending positive integers: 16,64,256"),
+        ("weights", _is_weights, f"must be a file or folder that exists, or {RANDOM_WEIGHTS!r}"),
+    ):
+        flags.register_validator(name, is_good, rule, flag_values=values)
+
+
+def define_work(values: flags.FlagValues) -> None:
+    """Defines the flags of experiments that choose their requests themselves and write a record."""
+    flags.DEFINE_string(
+        "trace", TRACES[0], f"{', '.join(TRACES)}, constant:INPUT,OUTPUT, or a trace file.", flag_values=values
+    )
+    flags.DEFINE_integer("num_requests", 64, "Requests to serve.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("length_divisor", 1, "Makes a trace's lengths shorter.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("out", "out", "Folder for records and figures.", flag_values=values)
+    rule = f"must be one of {', '.join(TRACES)}, constant:INPUT,OUTPUT, or a file that exists"
+    flags.register_validator("trace", _is_trace, rule, flag_values=values)
+
+
+def engine_config(values: flags.FlagValues, model_max_len: int) -> EngineConfig:
+    """Capacities as the flags say; a `max_len` that was not given is cut to the model's."""
+    max_len = min(values.max_len, model_max_len) if values["max_len"].using_default_value else values.max_len
+    names = {field.name for field in dataclasses.fields(EngineConfig)} & set(values) - {"token_budgets", "max_len"}
+    given = {name: values[name].value for name in sorted(names)}
+    return EngineConfig(token_budgets=_ladder(values.token_budgets) or (), max_len=max_len, **given)
+
+
+def sweep_points(values: flags.FlagValues, text: str) -> list[tuple[dict, flags.FlagValues]]:
+    """The points of `--sweep`, each with a copy of the flags that has its values.
+
+    Raises ValueError for a sweep that cannot be read or a flag that does not exist, `flags.Error` for a value that the
+    flag does not take.
+    """
+    points = []
+    for point in parse_sweep(text):
+        own = copy.deepcopy(values)
+        for name, value in point.items():
+            if name not in own:
+                raise ValueError(f"sweep: there is no flag --{name}")
+            own[name].parse(str(value).lower() if isinstance(value, bool) else str(value))
+            own[name].using_default_value = False
+        own.validate_all_flags()
+        points.append((point, own))
+    return points
+
+
+def with_smoke(values: flags.FlagValues) -> flags.FlagValues:
+    """The flags, with the defaults of `SMOKE` where `--smoke` is set."""
+    values = copy.deepcopy(values)
+    for name, value in SMOKE.items() if values.smoke else ():
+        if name in values:
+            values.set_default(name, value)
+    return values
+
+
+def numbers(text: str) -> list[float]:
+    """`"1,2.5"` -> [1.0, 2.5].  Raises ValueError unless all are positive numbers."""
+    found = [float(word) for word in text.split(",")]
+    if not all(0 < number < float("inf") for number in found):
+        raise ValueError(f"{text!r} must be positive numbers, separated by commas")
+    return found
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with one line, not a traceback, when flags, weights or files are at fault."""
+    try:
+        yield
+    except (ValueError, OSError, NotImplementedError, flags.Error) as error:
+        sys.exit(f"error: {error}")
+
+
+def cache_dir(values: flags.FlagValues) -> pathlib.Path | None:
+    """Folder of the caches, None for none."""
+    return pathlib.Path(values.cache_dir).expanduser() if values.cache_dir else None
+
+
+def launch(define_flags: Callable[[flags.FlagValues], None], run: Callable[[flags.FlagValues], object]) -> None:
+    """The whole program: flags from the command line, caches of compiled programs, `run`."""
+    define_flags(flags.FLAGS)
+    flags.FLAGS.set_default("verbosity", -1)  # warnings and errors only
+    for name in list(flags.FLAGS):  # so that --help shows them
+        if flags.FLAGS.find_module_defining_flag(name) == __name__:
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+    def main(argv: Sequence[str]) -> None:
+        if argv[1:]:
+            sys.exit(f"error: unexpected argument {argv[1]!r}; flags are written --name=value")
+        values = with_smoke(flags.FLAGS)
+        if (folder := cache_dir(values)) is not None:
+            jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        run(values)
+
+    app.run(main)
+
+
+def _enum(name: str, default: str | None, allowed: Sequence[str], text: str, values: flags.FlagValues) -> None:
+    flags.DEFINE_enum(name, default, allowed, text, flag_values=values)
+
+
+def _ladder(text: str) -> tuple[int, ...] | None:
+    """`"16,64"` or `"16+64"` -> (16, 64); None if that is no ladder."""
+    words = re.split("[,+]", text)
+    if not all(word.strip().isdecimal() for word in words):
+        return None
+    rungs = tuple(int(word) for word in words)
+    return rungs if rungs[0] > 0 and list(rungs) == sorted(set(rungs)) else None
+
+
+def _is_weights(text: str | None) -> bool:
+    return text is None or text == RANDOM_WEIGHTS or pathlib.Path(text).exists()
+
+
+def _is_trace(text: str) -> bool:
+    return text in TRACES or re.fullmatch(r"constant:\d+,\d+", text) is not None or pathlib.Path(text).is_file()

@@ -1,7 +1,7 @@
 """Where does the time of a run go?  The parts of a step, each compiled and timed alone at the shapes that the run had.
 
-For each rung of the ladder a typical step is laid out: as many decode rows, prefill tokens and pages as the run's steps on
-that rung had on average, prompts of the mean length, contexts of one length.  Parts are timed in turn (median of
+For each rung of the ladder a typical step is laid out: as many decode rows, prefill tokens and pages as the run's steps
+on that rung had on average, prompts of the mean length, contexts of one length.  Parts are timed in turn (median of
 `NUM_REPEATS`) and weighted with the rung's number of steps:
 
     dense       embedding, norms, projections, rotation, feed-forward, logits: all layers, attention's place left out
@@ -65,12 +65,12 @@ def measure(
     """`time_fraction_<part>` for each of `PARTS`, and the median times behind them (`part_s_<part>_<rung>`)."""
     config, policy = serving.engine_config(values, loaded), serving.policy(values)
     forward = functools.partial(execute.forward, loaded.config, attention=values.attention)
-    step = jax.jit(functools.partial(core.step, config, policy, forward), donate_argnums=1)
     state = core.init(config, loaded.config, serving.kv_dtype(values))
     totals_s, found = dict.fromkeys(PARTS, 0.0), {}
     for rung in sorted({record.token_budget for record in steps}):
         typical = typical_step([record for record in steps if record.token_budget == rung], config, mean_input_len)
         state = lay_out(config, typical, state, values.temperature)
+        step = jax.jit(functools.partial(core.step, config, policy, forward, rung), donate_argnums=1)
         medians_s, state = _time_parts(values, config, policy, loaded, step, state, typical)
         medians_s["step_rest"] = 2 * medians_s["step"] - sum(medians_s.values())
         for part, median_s in medians_s.items():
@@ -83,8 +83,10 @@ def measure(
 
 def table(metrics: Mapping[str, int | float | None]) -> str:
     """The shares, one line each."""
-    lines = ["where the time went (each part timed alone at the run's mean shapes, see experiments/breakdown.py)"]
-    return "\n".join([*lines, *(f"  {part:<12}{100 * (metrics[f'time_fraction_{part}'] or 0):6.1f} %" for part in PARTS)])
+    lines = ["where the time went (measured: each part alone, at the run's mean shapes; see experiments/breakdown.py)"]
+    for part in PARTS:
+        lines.append(f"  {part:<12}{100 * (metrics[f'time_fraction_{part}'] or 0):6.1f} %")
+    return "\n".join(lines)
 
 
 def typical_step(steps: Sequence[StepRecord], config: EngineConfig, mean_input_len: float) -> Typical:
@@ -95,8 +97,8 @@ def typical_step(steps: Sequence[StepRecord], config: EngineConfig, mean_input_l
     )
     num_decode = min(round(decode), config.num_slots - 1)
     num_prefill = round(prefill)
-    num_chunks = min(max(1, round(num_prefill / mean_input_len)), config.num_slots - num_decode) if num_prefill > 1 else 0
-    chunks = tuple(len(part) for part in np.array_split(np.arange(num_prefill), num_chunks)) if num_chunks else ()
+    num_chunks = min(max(1, round(num_prefill / mean_input_len)), config.num_slots - num_decode)
+    chunks = tuple(len(part) for part in np.array_split(np.arange(num_prefill), num_chunks)) if num_prefill > 1 else ()
     context = round((pages / max(running, 1) - 0.5) * config.page_size)
     return Typical(steps[0].token_budget, len(steps), num_decode, chunks, min(max(context, 1), config.max_len - 2))
 
@@ -110,8 +112,8 @@ def lay_out(config: EngineConfig, typical: Typical, state: EngineState, temperat
     requests = dataclasses.replace(
         scheduler.init(config.num_slots), request_id=column(range(len(known))), resident=occupied, active=occupied,
         num_tokens=column(known), num_computed=column(computed), prompt_len=column(known),
-        max_tokens=jnp.full((config.num_slots,), config.max_len, jnp.int32), expected_tokens=column([n + 1 for n in known]),
-        arrival=jnp.arange(config.num_slots, dtype=jnp.int32),
+        max_tokens=jnp.full((config.num_slots,), config.max_len, jnp.int32),
+        expected_tokens=column([n + 1 for n in known]), arrival=jnp.arange(config.num_slots, dtype=jnp.int32),
     )  # fmt: skip
     pages = kv_cache.pages_for(requests.num_computed, config.page_size)
     return EngineState(
@@ -146,9 +148,10 @@ def _time_parts(
     values: flags.FlagValues, config: EngineConfig, policy: Policy, loaded: LoadedModel, step, state: EngineState,
     typical: Typical,
 ) -> tuple[dict[str, float], EngineState]:  # fmt: skip
-    """Median seconds of the whole step and its parts, interleaved; consumes `state` and gives one with its KV arrays."""
+    """Median seconds of the whole step and its parts, in turn; consumes `state` and gives one with its KV arrays."""
     model, budget = loaded.config, typical.token_budget
-    kv, small = state.kv, dataclasses.replace(state, kv=None)
+    kv = state.kv
+    small = dataclasses.replace(state, kv=jax.tree.map(lambda x: x[:0], kv))
     plan = jax.jit(functools.partial(schedule, config, policy, budget))
     packed, *_ = jax.block_until_ready(plan(small))
     key = jax.random.key(values.seed)

@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import pathlib
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -42,7 +41,7 @@ class Run:
 def define_flags(values: flags.FlagValues) -> None:
     serving_flags.define(values)
     serving_flags.define_work(values)
-    flags.DEFINE_string("sweep", "", "Runs to compare: 'page_size=8,16,32', several flags with ';'.", flag_values=values)
+    flags.DEFINE_string("sweep", "", "Runs to compare: page_size=8,16,32; several flags with ';'.", flag_values=values)
     flags.DEFINE_string("sweep_metric", "total_tokens_per_s", "What the figure of a sweep shows.", flag_values=values)
     flags.DEFINE_integer("repeats", 1, "Runs of each point, points in turn; the median counts.", 1, flag_values=values)
     flags.DEFINE_bool("breakdown", False, "Also time the parts of a step, about a minute.", flag_values=values)
@@ -144,7 +143,7 @@ def _write_sweep(
     values: flags.FlagValues, points: list[dict], records: list[dict[str, Any]], folder: pathlib.Path
 ) -> None:
     table = sweep_series(points, [record["metrics"] for record in records])
-    config: Mapping[str, Any] = records[0]["config"] | {"swept": list(points[0]), "sweep": values.sweep}
+    config: dict[str, Any] = records[0]["config"] | {"swept": list(points[0]), "sweep": values.sweep}
     for name in points[0]:
         config.pop(name, None)
     record = make_record(NAME, "measured", metrics={}, config=config, seed=values.seed, series={"sweep": table})

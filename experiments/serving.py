@@ -28,7 +28,10 @@ SMOKE_CONFIG = ModelConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Requests to serve.  questions: request id -> text to show with its answer; num_dropped: too long for the engine."""
+    """Requests to serve.
+
+    questions: request id -> text to show with its answer.    num_dropped: requests that were too long.
+    """
 
     requests: list[Request]
     questions: dict[str, str]
@@ -126,9 +129,7 @@ def _prompts(values: flags.FlagValues, loaded: LoadedModel, num_requests: int, s
     for i in range(num_requests):
         turn, prompt = i // len(prompts), prompts[i % len(prompts)]
         request_id = f"{prompt.id}#{turn + 1}" if turn else prompt.id
-        how = dataclasses.replace(
-            sampling, max_tokens=values.max_tokens or prompt.max_tokens, seed=sampling.seed + i
-        )
+        how = dataclasses.replace(sampling, max_tokens=values.max_tokens or prompt.max_tokens, seed=sampling.seed + i)
         requests.append(Request(request_id, loaded.tokenizer.encode(loaded.chat(prompt.messages)), how))
         questions[request_id] = prompt.messages[-1]["content"]
     return Work(requests, questions)
@@ -186,4 +187,3 @@ def _check_count(num_requests: int, num_found: int, values: flags.FlagValues) ->
 def _without_folder(value: Any) -> Any:
     """A path of this machine says nothing to the reader of a record: its last part does."""
     return pathlib.Path(value).name if isinstance(value, str) and "/" in value else value
-

@@ -1,17 +1,19 @@
 """Which flags do all serving experiments share?  Their definitions, the points of a sweep, and the start of a program.
 
-An experiment has `define_flags(values)` and `run(values)`; under `__main__` it calls `launch(define_flags, run)`.  Flags
-come as an `absl.flags.FlagValues` argument, so that a test or a sweep runs an experiment on flags of its own.  What the
-flags stand for (model, engine, requests) is made in `experiments.serving`.
+An experiment has `define_flags(values)` and `run(values)`; under `__main__` it calls `launch(define_flags, run)`.
+Flags come as an `absl.flags.FlagValues` argument, so that a test or a sweep runs an experiment on flags of its own.
+What they stand for (model, engine, requests) is made in `experiments.serving`.
 """
 
 import contextlib
 import copy
 import dataclasses
+import functools
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -39,39 +41,32 @@ SMOKE = {
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of model, engine, policy and work.  Defaults of the engine are those of `EngineConfig()`."""
     engine = EngineConfig()
-    names = [driver.value for driver in Driver]
-    model_names = [DEFAULT_MODEL, SMOKE_MODEL, *PRESETS]
-    number = {"lower_bound": 1, "flag_values": values}
+    enum, text, flag, count = _definers(values)
+    enum("model", DEFAULT_MODEL, [DEFAULT_MODEL, SMOKE_MODEL, *PRESETS], "smollm2: the real weights; else random ones.")
+    text("weights", None, f"A .gguf or llama2.c .bin file, a Hugging Face directory, or {RANDOM_WEIGHTS!r}.")
+    enum("dtype", DTYPES[0], DTYPES, "Of the weights.")
+    enum("kv_dtype", None, DTYPES, "Of the KV cache; if not given float32 on a CPU, elsewhere the weights'.")
 
-    _enum("model", DEFAULT_MODEL, model_names, "smollm2: the real weights; any other: random ones.", values)
-    flags.DEFINE_string(
-        "weights", None, f"A .gguf or llama2.c .bin file, a Hugging Face directory, or {RANDOM_WEIGHTS!r}.", flag_values=values
-    )
-    _enum("dtype", DTYPES[0], DTYPES, "Of the weights.", values)
-    _enum("kv_dtype", None, DTYPES, "Of the KV cache; float32 on a CPU and the weights' elsewhere if not given.", values)
+    enum("driver", Driver.DISPATCH_AHEAD.value, [driver.value for driver in Driver], "How the host launches steps.")
+    enum("admission", ADMISSION_NAMES[0], ADMISSION_NAMES, "Forecast of the peak page demand.")
+    enum("priority", "first_come", list(PRIORITIES), "Who is served first.")
+    enum("phase_order", PhaseOrder.DECODE_FIRST.value, [order.value for order in PhaseOrder], "Who gets tokens first.")
+    enum("batching", Batching.CONTINUOUS.value, [kind.value for kind in Batching], "When requests join the batch.")
+    enum("attention", None, ["reference", "xla"], "Implementation; the platform's best if not given.")
+    count("expected_output_len", None, "Mean output in tokens, until one is known.")
 
-    _enum("driver", Driver.DISPATCH_AHEAD.value, names, "How the host launches steps.", values)
-    _enum("admission", ADMISSION_NAMES[0], ADMISSION_NAMES, "Forecast of the peak page demand.", values)
-    _enum("priority", "first_come", list(PRIORITIES), "Who is served first.", values)
-    _enum("phase_order", PhaseOrder.DECODE_FIRST.value, [o.value for o in PhaseOrder], "Who gets tokens first.", values)
-    _enum("batching", Batching.CONTINUOUS.value, [b.value for b in Batching], "When requests join the batch.", values)
-    _enum("attention", None, ["reference", "xla"], "Implementation; the platform's best if not given.", values)
-    flags.DEFINE_integer("expected_output_len", None, "Mean output in tokens, until one is known.", **number)
-
-    ladder = ",".join(map(str, engine.token_budgets))
-    flags.DEFINE_string("token_budgets", ladder, "Ladder of tokens per step; `+` for `,` in a sweep.", flag_values=values)
-    flags.DEFINE_integer("page_size", engine.page_size, "Tokens per KV page.", **number)
-    flags.DEFINE_integer("num_pages", engine.num_pages, "KV pages in the pool.", **number)
-    flags.DEFINE_integer("num_slots", engine.num_slots, "Requests resident at once.", **number)
-    flags.DEFINE_integer("max_len", engine.max_len, "Longest prompt + output, at most the model's.", **number)
-    flags.DEFINE_bool("check_invariants", False, "Check the laws of the state after every launch.", flag_values=values)
+    text("token_budgets", ",".join(map(str, engine.token_budgets)), "Ladder of tokens per step; + for , in a sweep.")
+    count("page_size", engine.page_size, "Tokens per KV page.")
+    count("num_pages", engine.num_pages, "KV pages in the pool.")
+    count("num_slots", engine.num_slots, "Requests resident at once.")
+    count("max_len", engine.max_len, "Longest prompt + output; the model's limit if that is lower and this not given.")
+    flag("check_invariants", False, "Check the laws of the state after every launch.")
 
     flags.DEFINE_integer("seed", 0, "Of prompts, arrivals and samples.", lower_bound=0, flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_integer("max_tokens", None, "New tokens per request, in place of the prompt's or trace's own.", **number)
-    flags.DEFINE_string("cache_dir", "~/.cache/nanojax", "Converted weights, compiled programs; '' for none.", flag_values=values)
-    flags.DEFINE_bool("smoke", False, "A tiny random model and little work: a check that takes seconds.", flag_values=values)
-
+    count("max_tokens", None, "New tokens per request, in place of the prompt's or trace's own.")
+    text("cache_dir", "~/.cache/nanojax", "For converted weights and compiled programs; '' for none.")
+    flag("smoke", False, "A tiny random model and little work: a check that takes seconds.")
     for name, is_good, rule in (
         ("token_budgets", lambda text: _ladder(text) is not None, "must be ascending positive integers: 16,64,256"),
         ("weights", _is_weights, f"must be a file or folder that exists, or {RANDOM_WEIGHTS!r}"),
@@ -81,12 +76,11 @@ def define(values: flags.FlagValues) -> None:
 
 def define_work(values: flags.FlagValues) -> None:
     """Defines the flags of experiments that choose their requests themselves and write a record."""
-    flags.DEFINE_string(
-        "trace", TRACES[0], f"{', '.join(TRACES)}, constant:INPUT,OUTPUT, or a trace file.", flag_values=values
-    )
-    flags.DEFINE_integer("num_requests", 64, "Requests to serve.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("length_divisor", 1, "Makes a trace's lengths shorter.", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("out", "out", "Folder for records and figures.", flag_values=values)
+    _, text, _, count = _definers(values)
+    text("trace", TRACES[0], f"{', '.join(TRACES)}, constant:INPUT,OUTPUT, or a trace file.")
+    count("num_requests", 64, "Requests to serve.")
+    count("length_divisor", 1, "Divides the lengths of a trace, for a small model.")
+    text("out", "out", "Folder for records and figures.")
     rule = f"must be one of {', '.join(TRACES)}, constant:INPUT,OUTPUT, or a file that exists"
     flags.register_validator("trace", _is_trace, rule, flag_values=values)
 
@@ -95,7 +89,7 @@ def engine_config(values: flags.FlagValues, model_max_len: int) -> EngineConfig:
     """Capacities as the flags say; a `max_len` that was not given is cut to the model's."""
     max_len = min(values.max_len, model_max_len) if values["max_len"].using_default_value else values.max_len
     names = {field.name for field in dataclasses.fields(EngineConfig)} & set(values) - {"token_budgets", "max_len"}
-    given = {name: values[name].value for name in sorted(names)}
+    given: dict[str, Any] = {name: values[name].value for name in sorted(names)}
     return EngineConfig(token_budgets=_ladder(values.token_budgets) or (), max_len=max_len, **given)
 
 
@@ -169,8 +163,13 @@ def launch(define_flags: Callable[[flags.FlagValues], None], run: Callable[[flag
     app.run(main)
 
 
-def _enum(name: str, default: str | None, allowed: Sequence[str], text: str, values: flags.FlagValues) -> None:
-    flags.DEFINE_enum(name, default, allowed, text, flag_values=values)
+def _definers(values: flags.FlagValues) -> tuple[Callable[..., Any], ...]:
+    """How a flag of each kind is defined: one of several words, any text, true or false, a count of at least 1."""
+    kinds = (flags.DEFINE_enum, flags.DEFINE_string, flags.DEFINE_bool)
+    return (
+        *(functools.partial(kind, flag_values=values) for kind in kinds),
+        functools.partial(flags.DEFINE_integer, lower_bound=1, flag_values=values),
+    )
 
 
 def _ladder(text: str) -> tuple[int, ...] | None:

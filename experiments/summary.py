@@ -7,13 +7,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from tqdm import tqdm
 
 from nanojax.serve import Event
 
 WIDTH = 100
-Metrics = Mapping[str, int | float | None]
 
 
 @contextlib.contextmanager
@@ -53,9 +53,9 @@ def sample(request_id: str, question: str, answer: str) -> str:
     return f"{request_id}: {asked}\n" + textwrap.indent("\n".join(lines), "    ") + "\n"
 
 
-def table(metrics: Metrics, device_name: str) -> str:
+def table(metrics: Mapping[str, Any], device_name: str) -> str:
     """The metrics that matter most, with their units; those that the run does not have are left out."""
-    m = dict(metrics)
+    m = metrics
     lines = [
         f"measured on {device_name}",
         f"requests        {m['num_requests']} ({m['num_input_tokens']:,} tokens in, {m['num_output_tokens']:,} out) "
@@ -65,8 +65,8 @@ def table(metrics: Metrics, device_name: str) -> str:
     ]
     if "percent_of_optimal" in m:
         lines.append(
-            f"optimal         {m['optimal_tokens_per_s']:,.0f} tokens/s: {m['peak_flops'] / 1e9:,.0f} GFLOP/s measured / "
-            f"(2 x active parameters); reached {m['percent_of_optimal']:.1f} %"
+            f"optimal         {m['optimal_tokens_per_s']:,.0f} tokens/s (measured peak of {m['peak_flops'] / 1e9:,.0f} "
+            f"GFLOP/s / 2 x active parameters); reached {m['percent_of_optimal']:.1f} %"
         )
     lines += ["latency                       p50       p90       p99"]
     for label, name, scale, unit in (

@@ -1,7 +1,7 @@
 """How does serving advance?  All state is one pytree on the device; one compiled `step` admits, plans, computes, samples, retires.
 
-The host loads requests into free slots and reads reports; it never has to look before it launches the next step.  A report
-names the requests it speaks of, so it may be read late.
+The host loads requests into free slots, picks the token budget of each launch and reads reports; it never has to look before
+it launches the next step.  A report names the requests it speaks of, so it may be read late.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from nanojax.batch import RaggedBatch
 from nanojax.config import EngineConfig, ModelConfig
 from nanojax.kv_cache import KVPages, PagePool
 from nanojax.sampling import NO_TOKEN, SamplingState
-from nanojax.scheduler import Policy, SchedulerState, StepPlan
+from nanojax.scheduler import Policy, SchedulerState
 
 Forward = Callable[[Params, KVPages, RaggedBatch], tuple[Float32[Array, "R V"], KVPages]]
 """Logits after each row's last token, and the updated cache."""
@@ -75,11 +75,12 @@ class StepReport:
     logprob: Float32[Array, "*n S"]
     finish: Int32[Array, "*n S"]
     preempted: Bool[Array, "*n S"]
-    token_budget: Int32[Array, "*n"]
     num_decode_tokens: Int32[Array, "*n"]
     num_prefill_tokens: Int32[Array, "*n"]
     num_running: Int32[Array, "*n"]
     num_waiting: Int32[Array, "*n"]
+    num_todo: Int32[Array, "*n"]
+    """Tokens that the running requests could compute in the next step: what the host picks the next budget by."""
     pages_in_use: Int32[Array, "*n"]
 
 
@@ -137,37 +138,31 @@ def cancel(state: EngineState, mask: Bool[Array, "S"]) -> EngineState:
 
 
 def step(
-    config: EngineConfig, policy: Policy, forward: Forward, params: Params, state: EngineState
+    config: EngineConfig, policy: Policy, forward: Forward, token_budget: int, params: Params, state: EngineState
 ) -> tuple[EngineState, StepReport]:
-    """One iteration of continuous batching.  Consumes `state`.
+    """One iteration of continuous batching on a batch of `token_budget` tokens, padding included.  Consumes `state`.
 
-    The forward pass runs on the smallest token budget of the ladder that holds the step's tokens, and is left out when there
-    are none.
+    Any budget is right: it decides how much of the work is done now, never what comes out.
     """
     admitted = scheduler.admit(config, policy, state.scheduler, state.pool)
-    budgets = jnp.array(config.token_budgets, jnp.int32)
-    budget = jnp.min(jnp.where(budgets >= scheduler.num_todo(admitted), budgets, budgets[-1]))
-    step_plan = scheduler.plan(config, policy, admitted, state.pool, budget)
+    step_plan = scheduler.plan(config, policy, admitted, state.pool, jnp.int32(token_budget))
     pool = kv_cache.release(state.pool, step_plan.preempt)
-    max_new_pages = config.num_slots + config.token_budgets[-1] // config.page_size
-    pool = kv_cache.grow(pool, step_plan.new_pages, max_new_pages)
+    pool = kv_cache.grow(pool, step_plan.new_pages, config.num_slots + token_budget // config.page_size)
     is_sampled = scheduler.samples(admitted, step_plan)
 
-    num_tokens = jnp.sum(step_plan.q_lens, dtype=jnp.int32)
-    rung = jnp.where(num_tokens > 0, 1 + jnp.sum(budgets < num_tokens, dtype=jnp.int32), 0)
-    compute = functools.partial(
-        _compute, config, forward, params, dataclasses.replace(state, scheduler=admitted, pool=pool), step_plan, is_sampled
-    )
-    branches = [functools.partial(_compute_nothing, config)]
-    branches += [functools.partial(compute, token_budget) for token_budget in config.token_budgets]
-    kv, token, logprob = jax.lax.switch(rung, branches, state.kv)
+    packed = batch.pack(
+        step_plan.order, step_plan.q_lens, step_plan.num_decode, admitted.num_computed, state.tokens, pool.page_indices,
+        token_budget=token_budget, page_size=config.page_size, num_pages=config.num_pages,
+    )  # fmt: skip
+    logits, kv = forward(params, state.kv, packed)
+    token, logprob = _sample(state.sampling, packed, logits, is_sampled, admitted.num_tokens)
 
     is_stop = jnp.any(token[:, None] == state.sampling.stop_tokens, axis=1)
     is_full = admitted.num_tokens + 1 >= admitted.max_tokens
     finish = jnp.where(is_stop, Finish.STOP, jnp.where(is_full, Finish.LENGTH, Finish.NOT))
     finish = jnp.where(is_sampled, finish, Finish.NOT).astype(jnp.int32)
-    place = jnp.where(is_sampled, admitted.num_tokens, config.max_len)
     committed = scheduler.commit(admitted, step_plan, is_sampled, finish != Finish.NOT)
+    place = jnp.where(is_sampled, admitted.num_tokens, config.max_len)
     new_state = EngineState(
         scheduler=committed,
         pool=kv_cache.release(pool, finish != Finish.NOT),
@@ -177,58 +172,69 @@ def step(
     )
     report = StepReport(
         request_id=admitted.request_id,
-        token=jnp.where(is_sampled, token, NO_TOKEN),
+        token=token,
         logprob=logprob,
         finish=finish,
         preempted=step_plan.preempt,
-        token_budget=jnp.where(rung > 0, budgets[jnp.maximum(rung - 1, 0)], 0),
         num_decode_tokens=step_plan.num_decode,
-        num_prefill_tokens=num_tokens - step_plan.num_decode,
+        num_prefill_tokens=jnp.sum(step_plan.q_lens, dtype=jnp.int32) - step_plan.num_decode,
         num_running=jnp.sum(admitted.active, dtype=jnp.int32),
         num_waiting=jnp.sum(admitted.resident & ~admitted.active, dtype=jnp.int32),
+        num_todo=scheduler.num_todo(committed),
         pages_in_use=config.num_pages - pool.num_free,
     )
     return new_state, report
 
 
 def run(
-    config: EngineConfig, policy: Policy, forward: Forward, num_steps: int, params: Params, state: EngineState
-) -> tuple[EngineState, StepReport]:
-    """`num_steps` steps in one launch; the reports are stacked.  Consumes `state`.
-
-    A loop of known length, so that a GPU's host can queue all of it; steps without work cost next to nothing.
-    """
-
-    def body(state: EngineState, _):
-        return step(config, policy, forward, params, state)
-
-    return jax.lax.scan(body, state, length=num_steps)
-
-
-def _compute(
     config: EngineConfig,
+    policy: Policy,
     forward: Forward,
+    token_budget: int,
+    max_steps: int,
     params: Params,
     state: EngineState,
-    step_plan: StepPlan,
-    is_sampled: Bool[Array, "S"],
-    token_budget: int,
-    kv: KVPages,
-) -> tuple[KVPages, Int32[Array, "S"], Float32[Array, "S"]]:
-    """The rung's work: pack, forward, sample.  Results by slot."""
-    packed = batch.pack(
-        step_plan.order, step_plan.q_lens, step_plan.num_decode, state.scheduler.num_computed, state.tokens,
-        state.pool.page_indices, token_budget=token_budget, page_size=config.page_size, num_pages=config.num_pages,
+) -> tuple[EngineState, StepReport]:
+    """Up to `max_steps` steps in one launch, fewer when no request is left; the reports are stacked.  Consumes `state`."""
+    one_step = functools.partial(step, config, policy, forward, token_budget, params)
+    def is_on(carry) -> Bool[Array, ""]:
+        i, state, _ = carry
+        return (i < max_steps) & jnp.any(state.scheduler.resident)
+
+    def advance(carry):
+        i, state, reports = carry
+        state, report = one_step(state)
+        return i + 1, state, jax.tree.map(lambda all_, new: all_.at[i].set(new), reports, report)
+
+    blank = _blank_reports(max_steps, config.num_slots)
+    _, state, reports = jax.lax.while_loop(is_on, advance, (jnp.int32(0), state, blank))
+    return state, reports
+
+
+def _blank_reports(num_steps: int, num_slots: int) -> StepReport:
+    """Reports of steps in which nothing was there to do."""
+    per_slot, per_step = jnp.zeros((num_steps, num_slots), jnp.int32), jnp.zeros((num_steps,), jnp.int32)
+    return StepReport(
+        request_id=per_slot, token=per_slot + NO_TOKEN, logprob=per_slot.astype(jnp.float32), finish=per_slot,
+        preempted=per_slot > 0, num_decode_tokens=per_step, num_prefill_tokens=per_step, num_running=per_step,
+        num_waiting=per_step, num_todo=per_step, pages_in_use=per_step,
     )  # fmt: skip
-    logits, kv = forward(params, kv, packed)
+
+
+def _sample(
+    state: SamplingState,
+    packed: RaggedBatch,
+    logits: Float32[Array, "R V"],
+    is_sampled: Bool[Array, "S"],
+    num_tokens: Int32[Array, "S"],
+) -> tuple[Int32[Array, "S"], Float32[Array, "S"]]:
+    """The new token and its log-probability by slot; `NO_TOKEN` and 0 for slots that are not sampled."""
     slots = packed.row_slots
-    how = dataclasses.replace(state.sampling, temperature=jnp.where(is_sampled, state.sampling.temperature, 0.0))
-    token = sampling.sample(logits, how, slots, state.scheduler.num_tokens[slots])
-    logprob = sampling.logprob(logits, token, (how.wants_logprob & is_sampled)[slots])
-    by_slot = jnp.full((config.num_slots,), NO_TOKEN, jnp.int32)
-    return kv, by_slot.at[slots].set(token), jnp.zeros((config.num_slots,), jnp.float32).at[slots].set(logprob)
-
-
-def _compute_nothing(config: EngineConfig, kv: KVPages) -> tuple[KVPages, Int32[Array, "S"], Float32[Array, "S"]]:
-    none = jnp.full((config.num_slots,), NO_TOKEN, jnp.int32)
-    return kv, none, jnp.zeros((config.num_slots,), jnp.float32)
+    how = dataclasses.replace(state, temperature=jnp.where(is_sampled, state.temperature, 0.0))
+    token = sampling.sample(logits, how, slots, num_tokens[slots])
+    logprob = sampling.logprob(logits, token, (state.wants_logprob & is_sampled)[slots])
+    none = jnp.full(is_sampled.shape, NO_TOKEN, jnp.int32)
+    return (
+        jnp.where(is_sampled, none.at[slots].set(token), NO_TOKEN),
+        jnp.where(is_sampled, jnp.zeros(is_sampled.shape, jnp.float32).at[slots].set(logprob), 0.0),
+    )

@@ -78,6 +78,15 @@ class _Live:
     num_preemptions: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """A launch whose report was not read yet; `num_loaded` prompt tokens had been loaded when it started."""
+
+    budget: int
+    num_loaded: int
+    report: core.StepReport
+
+
 class Engine:
     """Continuous batching over one model on the default device.
 
@@ -109,14 +118,16 @@ class Engine:
         forward = forward or functools.partial(execute.forward, model, attention=attention)
         self._load = jax.jit(core.load, donate_argnums=0)
         self._cancel = jax.jit(core.cancel, donate_argnums=0)
-        launch = functools.partial(core.step, config, policy, forward)
-        if driver is Driver.DEVICE_LOOP:
-            launch = functools.partial(core.run, config, policy, forward, steps_per_launch)
-        self._launch = jax.jit(launch, donate_argnums=1)
+        self._launch = {
+            budget: jax.jit(_launch_fn(driver, config, policy, forward, budget, steps_per_launch), donate_argnums=1)
+            for budget in config.token_budgets
+        }
         self._holds = jax.jit(functools.partial(invariants.holds, config)) if check_invariants else None
         self._queue_key = _QUEUE_KEYS.get(policy.priority, lambda request: 0)
         self._depth = 1 if driver is Driver.DISPATCH_AHEAD else 0
-        self._reports: collections.deque[core.StepReport] = collections.deque()
+        self._flying: collections.deque[_Launch] = collections.deque()
+        self._num_loaded = 0
+        self._num_todo = 0
         self._live: dict[int, _Live] = {}
         self._serial_of: dict[str, int] = {}
         self._queue: list[tuple[int, int]] = []
@@ -168,13 +179,14 @@ class Engine:
         """Feeds free slots, launches once, and returns what has become known; does nothing when all is finished."""
         self._fill_slots()
         if self._live:
-            self._state, report = self._launch(self._params, self._state)
-            self._reports.append(report)
+            budget = self._pick_budget()
+            self._state, report = self._launch[budget](self._params, self._state)
+            self._flying.append(_Launch(budget, self._num_loaded, report))
             if self._holds is not None:
                 invariants.check(self.config, self._state, self._holds(self._state))
         events: list[Event] = []
-        while len(self._reports) > (self._depth if self._live else 0):
-            events += self._read(self._reports.popleft())
+        while len(self._flying) > (self._depth if self._live else 0):
+            events += self._read(self._flying.popleft())
         return events
 
     def cancel(self, request_id: str) -> Output:
@@ -221,8 +233,9 @@ class Engine:
         nothing = self._arrivals([])
         self._state = self._load(self._state, nothing)
         self._state = self._cancel(self._state, jnp.zeros((self.config.num_slots,), bool))
-        self._state, report = self._launch(self._params, self._state)
-        jax.block_until_ready(report)
+        for launch in self._launch.values():
+            self._state, report = launch(self._params, self._state)
+            jax.block_until_ready(report)
 
     def reset_metrics(self) -> None:
         """Forgets all records of requests and steps."""
@@ -247,6 +260,9 @@ class Engine:
                     serials.append(serial)
             if serials:
                 self._state = self._load(self._state, self._arrivals(serials))
+                num_tokens = sum(len(self._live[serial].request.prompt_ids) for serial in serials)
+                self._num_loaded += num_tokens
+                self._num_todo += num_tokens
 
     def _arrivals(self, serials: Sequence[int]) -> Arrivals:
         """Rows for `serials`, padded to `_LOAD_ROWS`."""
@@ -285,22 +301,37 @@ class Engine:
         eos = () if request.sampling.ignore_eos or self.tokenizer is None else self.tokenizer.eos_ids
         return tuple(dict.fromkeys((*request.sampling.stop_tokens, *eos)))
 
-    def _read(self, report: core.StepReport) -> list[Event]:
+    def _pick_budget(self) -> int:
+        """The smallest budget that holds the work there will be, as far as the host can tell; else the largest.
+
+        `_num_todo` is exact after the last report that was read plus what was loaded since.  A launch still under way takes up
+        to its budget off that, and each running request comes back with one new token.
+        """
+        todo = self._num_todo
+        num_rows = self.config.num_slots - len(self._free_slots)
+        for launch in self._flying:
+            todo = max(todo - launch.budget, 0) + min(num_rows, launch.budget)
+        return next((budget for budget in self.config.token_budgets if budget >= todo), self.config.token_budgets[-1])
+
+    def _read(self, launch: _Launch) -> list[Event]:
         """Turns one launch's report (stacked reports for the device loop) into events; waits for the device if it must."""
+        report = launch.report
         fields = {field.name: np.asarray(getattr(report, field.name)) for field in dataclasses.fields(report)}
         now = self._clock()
         if fields["token"].ndim == 1:
-            return self._read_step(fields, now)
+            return self._read_step(launch, fields, now)
         steps = ({name: values[i] for name, values in fields.items()} for i in range(len(fields["token"])))
-        return [event for step in steps for event in self._read_step(step, now)]
+        return [event for step in steps for event in self._read_step(launch, step, now)]
 
-    def _read_step(self, step: dict[str, np.ndarray], now: float) -> list[Event]:
+    def _read_step(self, launch: _Launch, step: dict[str, np.ndarray], now: float) -> list[Event]:
         """Books one step, given as the fields of its report."""
-        if step["token_budget"] > 0:
-            names = ("token_budget", "num_decode_tokens", "num_prefill_tokens", "num_running", "num_waiting", "pages_in_use")
-            self.steps.append(StepRecord(now, **{name: int(step[name]) for name in names}))
-        elif step["num_running"] + step["num_waiting"] > 0:
+        if step["num_running"] == 0 and step["num_waiting"] == 0:
+            return []  # launched before the host knew that all is done
+        names = ("num_decode_tokens", "num_prefill_tokens", "num_running", "num_waiting", "pages_in_use")
+        self.steps.append(StepRecord(now, launch.budget, **{name: int(step[name]) for name in names}))
+        if self.steps[-1].num_decode_tokens + self.steps[-1].num_prefill_tokens == 0:
             raise InvariantError("no request can move\n" + invariants.describe(self.config, self._state))
+        self._num_todo = int(step["num_todo"]) + self._num_loaded - launch.num_loaded
         ids = step["request_id"]
         for slot in np.flatnonzero(step["preempted"]):
             if (entry := self._live.get(int(ids[slot]))) is not None:
@@ -355,6 +386,14 @@ class Engine:
         text = entry.text if entry.decoder is not None else None
         logprobs = tuple(entry.logprobs) if request.sampling.logprobs else None
         return Output(request.request_id, tuple(entry.token_ids), text, logprobs, reason, record)
+
+
+def _launch_fn(
+    driver: Driver, config: EngineConfig, policy: Policy, forward: Forward, budget: int, steps_per_launch: int
+) -> Callable:
+    if driver is Driver.DEVICE_LOOP:
+        return functools.partial(core.run, config, policy, forward, budget, steps_per_launch)
+    return functools.partial(core.step, config, policy, forward, budget)
 
 
 _LOAD_ROWS = 8

@@ -105,7 +105,7 @@ def test_one_trace_serves_everything():
     engine = tiny.engine(forward=forward)
     engine.generate(tiny.requests(9))
     engine.generate(tiny.requests(3, seed=5, temperature=(1.0,), top_k=5))
-    assert traces == list(tiny.ENGINE.token_budgets), "each rung is traced once"
+    assert sorted(traces) == list(tiny.ENGINE.token_budgets), "each rung is traced once"
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def compiled():
     leaves, structure = jax.tree.flatten(engine._state)
 
     def step(params, leaves):
-        return jax.tree.leaves(engine._launch.__wrapped__(params, jax.tree.unflatten(structure, leaves)))
+        return jax.tree.leaves(engine._launch[32].__wrapped__(params, jax.tree.unflatten(structure, leaves)))
 
     kv_bytes = sum(x.nbytes for x in jax.tree.leaves(engine._state.kv))
     return jax.jit(step, donate_argnums=1).lower(engine._params, leaves), kv_bytes

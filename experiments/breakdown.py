@@ -55,17 +55,16 @@ class Typical:
 
 
 def measure(
-    values: flags.FlagValues,
-    loaded: LoadedModel,
-    steps: Sequence[StepRecord],
-    *,
-    duration_s: float,
-    mean_input_len: float,
+    values: flags.FlagValues, loaded: LoadedModel, steps: Sequence[StepRecord], *, mean_input_len: float
 ) -> dict[str, float]:
-    """`time_fraction_<part>` for each of `PARTS`, and the median times behind them (`part_s_<part>_<rung>`)."""
+    """`time_fraction_<part>` for each of `PARTS`, and the median times behind them (`part_s_<part>_<rung>`).
+
+    `steps` are those of the run, their times counted from its start.
+    """
     config, policy = serving.engine_config(values, loaded), serving.policy(values)
     forward = functools.partial(execute.forward, loaded.config, attention=values.attention)
     state = core.init(config, loaded.config, serving.kv_dtype(values))
+    duration_s = steps[-1].time_s
     totals_s, found = dict.fromkeys(PARTS, 0.0), {}
     for rung in sorted({record.token_budget for record in steps}):
         typical = typical_step([record for record in steps if record.token_budget == rung], config, mean_input_len)
@@ -206,7 +205,7 @@ def _dense(model: ModelConfig, params, packed: RaggedBatch):
     return bound.logits(x[jnp.maximum(packed.cu_q_lens[1:] - 1, 0)]), stored
 
 
-def _attend(model: ModelConfig, implementation: str | None, kv: kv_cache.KVPages, x, packed: RaggedBatch):
+def _attend(model: ModelConfig, implementation: str | None, kv, x, packed):
     """Each layer's result is the next one's query, so that they run in order and none is left out."""
     for index in range(model.num_layers):
         x = paged_attention(

@@ -17,6 +17,7 @@ import pathlib
 import time
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from experiments import breakdown, plots, serving, serving_flags, summary
@@ -117,11 +118,10 @@ def _serve(values: flags.FlagValues, models: dict[tuple, LoadedModel]) -> Run:
     config = serving.describe(values, loaded) | {"peak_flops_of": peak.what, "num_dropped": work.num_dropped}
     steps = [dataclasses.replace(step, time_s=step.time_s - start_s) for step in engine.steps]
     if values.breakdown:
-        duration_s = steps[-1].time_s
-        mean_input_len = metrics["num_input_tokens"] / metrics["num_requests"]
-        del engine, on_event  # the parts need room for a KV cache of their own
+        del engine  # the parts need room for a KV cache of their own
         gc.collect()
-        metrics |= breakdown.measure(values, loaded, steps, duration_s=duration_s, mean_input_len=mean_input_len)
+        mean_input_len = float(np.mean([len(request.prompt_ids) for request in work.requests]))
+        metrics |= breakdown.measure(values, loaded, steps, mean_input_len=mean_input_len)
     return Run(metrics, steps, config)
 
 

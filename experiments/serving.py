@@ -117,7 +117,8 @@ def describe(values: flags.FlagValues, loaded: LoadedModel) -> dict[str, Any]:
     serving_flags.define_work(shared)
     names = sorted(set(shared) & set(values) - {"out", "cache_dir", "smoke"})
     shown = {name: _without_folder(values[name].value) for name in names}
-    capacities = dataclasses.asdict(engine_config(values, loaded))
+    config = engine_config(values, loaded)
+    capacities = dataclasses.asdict(config) | {"token_budgets": list(config.token_budgets)}
     model = {"model": loaded.config.name, "num_params": loaded.config.num_params, "kv_dtype": kv_dtype(values).name}
     return {**shown, **capacities, **model}
 

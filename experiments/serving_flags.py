@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments.sweep import parse_sweep
 from nanojax.admission import ADMISSION_NAMES
@@ -146,7 +146,6 @@ def cache_dir(values: flags.FlagValues) -> pathlib.Path | None:
 def launch(define_flags: Callable[[flags.FlagValues], None], run: Callable[[flags.FlagValues], object]) -> None:
     """The whole program: flags from the command line, caches of compiled programs, `run`."""
     define_flags(flags.FLAGS)
-    flags.FLAGS.set_default("verbosity", -1)  # warnings and errors only
     for name in list(flags.FLAGS):  # so that --help shows them
         if flags.FLAGS.find_module_defining_flag(name) == __name__:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
@@ -154,6 +153,8 @@ def launch(define_flags: Callable[[flags.FlagValues], None], run: Callable[[flag
     def main(argv: Sequence[str]) -> None:
         if argv[1:]:
             sys.exit(f"error: unexpected argument {argv[1]!r}; flags are written --name=value")
+        if flags.FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)
         values = with_smoke(flags.FLAGS)
         if (folder := cache_dir(values)) is not None:
             jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))

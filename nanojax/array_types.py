@@ -18,9 +18,9 @@ A trailing `+1` is literal (`cu_q_lens` has `R+1` entries).  `h2` is `h / 2`, `G
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int32, Key, PyTree, UInt32
+from jaxtyping import Bool, Float, Float32, Int32, Key, PyTree, UInt16, UInt32
 
-__all__ = ["Array", "Bool", "Float", "Float32", "Int32", "Key", "Params", "PyTree", "UInt32"]
+__all__ = ["Array", "Bool", "Float", "Float32", "Int32", "Key", "Params", "PyTree", "UInt16", "UInt32"]
 
 Array = jax.Array | np.ndarray
 """On the device, or on its way there from the host."""

@@ -10,16 +10,25 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from nanojax.array_types import Array, Bool, Float, Int32
+from nanojax.array_types import Array, Bool, Float, Int32, UInt16
 from nanojax.config import EngineConfig, ModelConfig
 
 
 @flax.struct.dataclass
 class KVPages:
-    """Keys and values of all layers, by page.  `p` tokens of one KV head are contiguous."""
+    """Keys and values of all layers, by page.  `p` tokens of one KV head are contiguous.
 
-    k: Float[Array, "L N K p h"]
-    v: Float[Array, "L N K p h"]
+    uint16 pages hold the bits of bfloat16 values: XLA's CPU backend before jax 0.11 updates a bfloat16 array by way of a
+    float32 copy of all of it, integers in place.
+    """
+
+    k: Float[Array, "L N K p h"] | UInt16[Array, "L N K p h"]
+    v: Float[Array, "L N K p h"] | UInt16[Array, "L N K p h"]
+
+    @property
+    def value_dtype(self) -> jnp.dtype:
+        """What the stored values are: bfloat16 for uint16 pages."""
+        return jnp.dtype(jnp.bfloat16) if self.k.dtype == jnp.uint16 else self.k.dtype
 
 
 @flax.struct.dataclass
@@ -120,7 +129,9 @@ def write(
     offset: Int32[Array, "t"],
 ) -> KVPages:
     """Stores one layer's keys and values of `t` tokens; tokens whose `page` is `N` are dropped."""
-    return KVPages(
-        k=kv.k.at[layer, page, :, offset].set(k.astype(kv.k.dtype), mode="drop"),
-        v=kv.v.at[layer, page, :, offset].set(v.astype(kv.v.dtype), mode="drop"),
-    )
+
+    def put(pages: Array, values: Float[Array, "t K h"]) -> Array:
+        values = jax.lax.bitcast_convert_type(values.astype(kv.value_dtype), pages.dtype)
+        return pages.at[layer, page, :, offset].set(values, mode="drop")
+
+    return KVPages(k=put(kv.k, k), v=put(kv.v, v))

@@ -78,7 +78,7 @@ EFFECTS = {
     "matplotlib": ("experiments",),
     "logging": ("experiments",),
     "time": ("experiments", "nanojax.serve", "nanojax.hardware"),
-    "os": ("experiments", "nanojax.weights", "nanojax.hardware"),
+    "os": ("experiments", "nanojax.weights", "nanojax.workload", "nanojax.hardware"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -40,7 +41,7 @@ def parsed(experiment, *arguments) -> flags.FlagValues:
 
 
 def test_offline_throughput_writes_a_record_and_says_where_the_time_went(tmp_path, capsys):
-    offline_throughput.run(parsed(offline_throughput, *SMALL, "--breakdown", "--check_invariants", f"--out={tmp_path}"))
+    offline_throughput.run(parsed(offline_throughput, *SMALL, "--breakdown", f"--out={tmp_path}"))
     record = read_record(tmp_path / "offline_throughput.json")
     assert record["origin"] == "measured"
     assert record["metrics"]["num_requests"] == serving_flags.SMOKE["num_requests"]
@@ -172,9 +173,8 @@ def test_a_bad_line_is_told_what_is_wrong_with_it(line, message):
     ],
 )
 def test_an_unknown_flag_value_is_named_with_what_is_allowed(argument, message):
-    with pytest.raises(flags.IllegalFlagValueError, match=".*") as caught:
+    with pytest.raises(flags.IllegalFlagValueError, match=re.escape(message)):
         parsed(offline_throughput, argument)
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def forward(
                 kv = kv_cache.write(kv, index, k, v, batch.pages, offset)
             with jax.named_scope("Attn"):
                 attended = paged_attention(
-                    q.astype(kv.k.dtype), kv.k, kv.v, index, batch.kv_lens, batch.page_indices, batch.cu_q_lens,
+                    q.astype(kv.value_dtype), kv.k, kv.v, index, batch.kv_lens, batch.page_indices, batch.cu_q_lens,
                     batch.num_decode, implementation=attention,
                 )  # fmt: skip
             with jax.named_scope("O"):

@@ -88,7 +88,7 @@ def paged_attention(
 
 
 def _cut_into_blocks(page_indices, num_used, pages_per_block):
-    """[R P] -> [R blocks pages_per_block]; entries beyond the pages in use repeat the last one."""
+    """[R P] -> [R blocks pages_per_block]; entries beyond the pages in use repeat the last one, cheap to read again."""
     num_rows, width = page_indices.shape
     num_blocks = -(-width // pages_per_block)
     place = jnp.minimum(jnp.arange(num_blocks * pages_per_block), jnp.maximum(num_used[:, None] - 1, 0))
@@ -117,7 +117,8 @@ def _gather(cache, page_ids, num_valid, iteration):
 
 
 def _dot(subscripts, a, b, dtype):
-    return jnp.einsum(subscripts, a.astype(dtype), b, preferred_element_type=jnp.float32)
+    a, b = a.astype(dtype), b.astype(dtype)
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST)
 
 
 def _decode(config, queries, cache, kv_lens, num_decode, sm_scale):
@@ -153,9 +154,8 @@ def _decode(config, queries, cache, kv_lens, num_decode, sm_scale):
         is_member = jnp.arange(capacity)[:, None] == row  # [rows blocks]
         new_peak = jnp.maximum(peak, jnp.where(is_member[:, :, None, None], block_peak, MASKED).max(1))
         old, new = jnp.exp(peak - new_peak), jnp.exp(block_peak - new_peak[safe_row])
-        member = is_member.astype(jnp.float32)
-        total = total * old + jnp.einsum("rc,ckg->rkg", member, weights.sum(-1) * new)
-        acc = acc * old[..., None] + jnp.einsum("rc,ckgh->rkgh", member, block_acc * new[..., None])
+        total = total * old + _dot("rc,ckg->rkg", is_member, weights.sum(-1) * new, jnp.float32)
+        acc = acc * old[..., None] + _dot("rc,ckgh->rkgh", is_member, block_acc * new[..., None], jnp.float32)
         return new_peak, total, acc
 
     acc = jnp.zeros(query_of_row.shape, jnp.float32)

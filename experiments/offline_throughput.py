@@ -24,7 +24,7 @@ from experiments import breakdown, plots, serving, serving_flags, summary
 from experiments.record import make_record, write_record
 from experiments.sweep import sweep_series
 from nanojax import hardware
-from nanojax.metrics import StepRecord, step_series, summarize
+from nanojax.metrics import StepRecord, optimal_tokens_per_s, step_series, summarize
 from nanojax.weights import LoadedModel
 
 NAME = "offline_throughput"
@@ -32,11 +32,13 @@ NAME = "offline_throughput"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What one run gave.  `steps` end at times since the start of the run."""
+    """What one run gave.  `steps` end at times since the start of the run, `peak` was measured right after it."""
 
-    metrics: dict[str, int | float | None]
+    metrics: dict[str, Any]
     steps: list[StepRecord]
     config: dict[str, Any]
+    peak: hardware.Measurement
+    num_active_params: int
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -64,12 +66,14 @@ def run(values: flags.FlagValues) -> list[dict[str, Any]]:
             gc.collect()  # the engine's KV cache, before the next one is made
     records = []
     for (point, own), results in zip(points, runs, strict=True):
-        typical = _median(results)
+        same_dtype = (one for many in runs for one in many if one.config["dtype"] == own.dtype)
+        peak = max((one.peak for one in same_dtype), key=lambda peak: peak.median)
+        typical = _with_optimum(_median(results), peak)
         record = make_record(
             NAME, "measured", metrics=typical.metrics, config=typical.config, seed=own.seed,
             series={"timeline": step_series(typical.steps)},
         )  # fmt: skip
-        stem = "-".join([NAME, *(f"{name}={value}" for name, value in point.items())])
+        stem = "-".join([NAME, *(f"{name}={value}" for name, value in point.items())]).replace("/", "_")
         write_record(record, folder / f"{stem}.json")
         picture = plots.plot_timeline(record, folder / f"{stem}.png")
         print(f"\n{stem}\n{summary.table(record['metrics'], record['device']['name'])}")
@@ -84,7 +88,7 @@ def run(values: flags.FlagValues) -> list[dict[str, Any]]:
 
 def _serve(values: flags.FlagValues, models: dict[tuple, LoadedModel]) -> Run:
     """One run of the engine on its work.  `models` keeps what is loaded already."""
-    start_s = time.perf_counter()
+    start_s, is_first = time.perf_counter(), not models
     with serving_flags.one_line_errors():
         key = (values.model, values.weights, values.dtype, values.seed)
         loaded = models[key] = models.get(key) or serving.load(values)
@@ -101,7 +105,7 @@ def _serve(values: flags.FlagValues, models: dict[tuple, LoadedModel]) -> Run:
     first: dict[str, float] = {}
 
     def on_first_token() -> None:
-        if (age_s := summary.process_age_s()) is not None:
+        if is_first and (age_s := summary.process_age_s()) is not None:
             first["first_token_since_process_start_s"] = age_s
 
     start_s = time.perf_counter()
@@ -109,20 +113,17 @@ def _serve(values: flags.FlagValues, models: dict[tuple, LoadedModel]) -> Run:
         engine.generate(work.requests, on_event)
     for age_s in first.values():
         print(f"first token {age_s:.1f} s after the start of the process")
+    metrics: dict[str, Any] = summarize(engine.records, engine.steps, num_pages=engine.config.num_pages)
+    metrics |= {"load_s": load_s, "compile_s": compile_s, **first}
+    config = serving.describe(values, loaded) | {"num_dropped": work.num_dropped}
     peak = _measure_peak(values)
-    metrics = summarize(
-        engine.records, engine.steps, peak_flops=peak.median, num_active_params=loaded.config.num_active_params,
-        num_pages=engine.config.num_pages,
-    )  # fmt: skip
-    metrics |= {"load_s": load_s, "compile_s": compile_s, "peak_flops": peak.median, **first}
-    config = serving.describe(values, loaded) | {"peak_flops_of": peak.what, "num_dropped": work.num_dropped}
     steps = [dataclasses.replace(step, time_s=step.time_s - start_s) for step in engine.steps]
     if values.breakdown:
         del engine  # the parts need room for a KV cache of their own
         gc.collect()
         mean_input_len = float(np.mean([len(request.prompt_ids) for request in work.requests]))
         metrics |= breakdown.measure(values, loaded, steps, mean_input_len=mean_input_len)
-    return Run(metrics, steps, config)
+    return Run(metrics, steps, config, peak, loaded.config.num_active_params)
 
 
 def _measure_peak(values: flags.FlagValues) -> hardware.Measurement:
@@ -130,9 +131,17 @@ def _measure_peak(values: flags.FlagValues) -> hardware.Measurement:
     return hardware.measure_peak_flops(values.dtype, **small)
 
 
+def _with_optimum(one: Run, peak: hardware.Measurement) -> Run:
+    """The run beside its optimum.  `peak` is the best of all runs, so that a noisy machine does not flatter one."""
+    optimum = optimal_tokens_per_s(peak.median, one.num_active_params)
+    percent = 100 * one.metrics["total_tokens_per_s"] / optimum
+    found = {"peak_flops": peak.median, "optimal_tokens_per_s": optimum, "percent_of_optimal": percent}
+    return dataclasses.replace(one, metrics=one.metrics | found, config=one.config | {"peak_flops_of": peak.what})
+
+
 def _median(results: list[Run]) -> Run:
     """The run of median throughput, with the slowest and the fastest beside it."""
-    ordered = sorted(results, key=lambda result: result.metrics["total_tokens_per_s"] or 0)
+    ordered = sorted(results, key=lambda result: result.metrics["total_tokens_per_s"])
     rates = [result.metrics["total_tokens_per_s"] for result in ordered]
     middle = ordered[len(ordered) // 2]
     spread = {"num_repeats": len(ordered), "total_tokens_per_s_min": rates[0], "total_tokens_per_s_max": rates[-1]}
@@ -148,10 +157,13 @@ def _write_sweep(
         config.pop(name, None)
     record = make_record(NAME, "measured", metrics={}, config=config, seed=values.seed, series={"sweep": table})
     write_record(record, folder / f"{NAME}-sweep.json")
+    with serving_flags.one_line_errors():
+        if values.sweep_metric not in table:
+            raise ValueError(f"--sweep_metric={values.sweep_metric} is none of {', '.join(table)}")
     print(f"\n{values.sweep_metric} by {', '.join(points[0])}:")
-    for point, row in zip(points, records, strict=True):
-        label = ", ".join(f"{name}={value}" for name, value in point.items())
-        print(f"  {label:<40} {row['metrics'][values.sweep_metric]:,.4g}")
+    for point, value in zip(points, table[values.sweep_metric], strict=True):
+        label = ", ".join(f"{name}={setting}" for name, setting in point.items())
+        print(f"  {label:<40} {'-' if value is None else format(value, ',.4g')}")
     if len(points[0]) <= 2:
         print(f"figure {plots.plot_sweep(record, values.sweep_metric, folder / f'{NAME}-sweep.png')}")
 

@@ -153,7 +153,7 @@ def launch(define_flags: Callable[[flags.FlagValues], None], run: Callable[[flag
     def main(argv: Sequence[str]) -> None:
         if argv[1:]:
             sys.exit(f"error: unexpected argument {argv[1]!r}; flags are written --name=value")
-        if flags.FLAGS["verbosity"].using_default_value:
+        if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         values = with_smoke(flags.FLAGS)
         if (folder := cache_dir(values)) is not None:

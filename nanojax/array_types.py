@@ -16,14 +16,18 @@
 A trailing `+1` is literal (`cu_q_lens` has `R+1` entries).  `h2` is `h / 2`, `G2` is `G + 2`: a KV head's queries, key and value.
 """
 
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Key, PyTree, UInt16, UInt32
 
 __all__ = ["Array", "Bool", "Float", "Float32", "Int32", "Key", "Params", "PyTree", "UInt16", "UInt32"]
 
-Array = jax.Array | np.ndarray
-"""On the device, or on its way there from the host."""
+if TYPE_CHECKING:
+    Array = jax.Array
+else:
+    Array = jax.Array | np.ndarray  # on the device, or on its way there from the host
 
 Params = dict
 """Nested dict of arrays, as `flax.nnx.to_pure_dict` gives it (layers under int keys)."""

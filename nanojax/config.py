@@ -37,9 +37,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.name}: num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
+            raise ValueError(
+                f"{self.name}: num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}"
+            )
         if self.num_experts_per_token > self.num_experts:
-            raise ValueError(f"{self.name}: num_experts_per_token={self.num_experts_per_token} > num_experts={self.num_experts}")
+            raise ValueError(
+                f"{self.name}: num_experts_per_token={self.num_experts_per_token} > num_experts={self.num_experts}"
+            )
 
     @property
     def num_params(self) -> int:
@@ -85,7 +89,11 @@ class EngineConfig:
     max_stop_tokens: int = 8
 
     def __post_init__(self) -> None:
-        if not self.token_budgets or any(b <= 0 for b in self.token_budgets) or list(self.token_budgets) != sorted(set(self.token_budgets)):
+        if (
+            not self.token_budgets
+            or any(b <= 0 for b in self.token_budgets)
+            or list(self.token_budgets) != sorted(set(self.token_budgets))
+        ):
             raise ValueError(f"token_budgets={self.token_budgets} must be positive, distinct and ascending")
         for field in ("num_slots", "page_size", "num_pages", "max_len", "max_stop_tokens"):
             if getattr(self, field) <= 0:
@@ -97,7 +105,9 @@ class EngineConfig:
         return -(-self.max_len // self.page_size)
 
 
-def _preset(name: str, layers: int, width: int, heads: int, kv_heads: int, ffn: int, vocab: int, max_len: int, **rest) -> ModelConfig:
+def _preset(
+    name: str, layers: int, width: int, heads: int, kv_heads: int, ffn: int, vocab: int, max_len: int, **rest
+) -> ModelConfig:
     return ModelConfig(
         name=name, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=kv_heads,
         head_dim=rest.pop("head_dim", width // heads), d_ff=ffn, vocab_size=vocab, max_len=max_len, **rest,

@@ -87,7 +87,9 @@ class StepReport:
 def init(config: EngineConfig, model: ModelConfig, kv_dtype=jnp.float32) -> EngineState:
     """An engine without requests.  Raises ValueError when `max_len` exceeds what the model was made for."""
     if config.max_len > model.max_len:
-        raise ValueError(f"max_len={config.max_len} exceeds the {model.max_len} tokens that {model.name} was trained for")
+        raise ValueError(
+            f"max_len={config.max_len} exceeds the {model.max_len} tokens that {model.name} was trained for"
+        )
     return EngineState(
         scheduler=scheduler.init(config.num_slots),
         pool=kv_cache.init_pool(config),
@@ -197,6 +199,7 @@ def run(
 ) -> tuple[EngineState, StepReport]:
     """Up to `max_steps` steps in one launch, fewer when no request is left; the reports are stacked.  Consumes `state`."""
     one_step = functools.partial(step, config, policy, forward, token_budget, params)
+
     def is_on(carry) -> Bool[Array, ""]:
         i, state, _ = carry
         return (i < max_steps) & jnp.any(state.scheduler.resident)

@@ -64,4 +64,6 @@ def describe(config: EngineConfig, state: EngineState) -> str:
         )
     free = np.asarray(pool.free[: int(pool.num_free)]).tolist()
     counts = {int(i): int(n) for i, n in enumerate(np.asarray(pool.ref_count)) if n}
-    return "\n".join([*lines, f"free ({int(pool.num_free)} of {config.num_pages}): {free}", f"reference counts: {counts}"])
+    return "\n".join(
+        [*lines, f"free ({int(pool.num_free)} of {config.num_pages}): {free}", f"reference counts: {counts}"]
+    )

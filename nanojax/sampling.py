@@ -33,6 +33,7 @@ _BLOCK = 256
 
 
 def init(num_slots: int, max_stop_tokens: int) -> SamplingState:
+    """Greedy, no stop tokens."""
     return SamplingState(
         temperature=jnp.zeros((num_slots,), jnp.float32),
         top_k=jnp.zeros((num_slots,), jnp.int32),
@@ -61,9 +62,7 @@ def sample(
     return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
 
 
-def logprob(
-    logits: Float[Array, "R V"], tokens: Int32[Array, "R"], is_wanted: Bool[Array, "R"]
-) -> Float32[Array, "R"]:
+def logprob(logits: Float[Array, "R V"], tokens: Int32[Array, "R"], is_wanted: Bool[Array, "R"]) -> Float32[Array, "R"]:
     """Log-probability of `tokens` under the model itself (no temperature, no cuts); 0 for all when no row wants it."""
 
     def compute() -> Float32[Array, "R"]:
@@ -103,7 +102,9 @@ def _keep_top(
 
     def cut_p() -> Float[Array, "R V"]:
         mass = jnp.where(top_p < 1, top_p, 2.0) * jnp.sum(weights, axis=-1)
-        bar = _threshold(lambda bar: jnp.sum(jnp.where(weights >= bar, weights, 0.0), axis=-1) >= mass, weights.shape[0])
+        bar = _threshold(
+            lambda bar: jnp.sum(jnp.where(weights >= bar, weights, 0.0), axis=-1) >= mass, weights.shape[0]
+        )
         return jnp.where(weights >= bar[:, None], weights, 0.0)
 
     return jax.lax.cond(jnp.any(top_p < 1), cut_p, lambda: weights)

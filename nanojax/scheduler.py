@@ -84,10 +84,12 @@ class Policy:
 
 
 def first_come(state: SchedulerState) -> Int32[Array, "S"]:
+    """In order of arrival."""
     return state.arrival
 
 
 def shortest_prompt(state: SchedulerState) -> Int32[Array, "S"]:
+    """The shortest prompt first."""
     return state.prompt_len
 
 

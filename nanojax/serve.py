@@ -1,8 +1,8 @@
 """How do I serve requests?  `Engine`: the one mutable host object.  It feeds the device, reads its reports, keeps the clock.
 
-    engine = Engine(config, model, params, policy=policy, tokenizer=tokenizer)
-    outputs = engine.generate(requests)            # offline
-    engine.submit(request); events = engine.poll() # online: one launch per poll, tokens as they come
+engine = Engine(config, model, params, policy=policy, tokenizer=tokenizer)
+outputs = engine.generate(requests)            # offline
+engine.submit(request); events = engine.poll() # online: one launch per poll, tokens as they come
 """
 
 import collections
@@ -12,6 +12,7 @@ import functools
 import heapq
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +151,9 @@ class Engine:
             )
         num_pages = -(-total // self.config.page_size)
         if num_pages > self.config.num_pages:
-            raise ValueError(f"{who}: needs {num_pages} pages at its longest, the pool has num_pages={self.config.num_pages}")
+            raise ValueError(
+                f"{who}: needs {num_pages} pages at its longest, the pool has num_pages={self.config.num_pages}"
+            )
         for name, ids in (("prompt token", request.prompt_ids), ("stop token", how.stop_tokens)):
             unknown = next((i for i in ids if not 0 <= i < self.model.vocab_size), None)
             if unknown is not None:
@@ -195,10 +198,11 @@ class Engine:
         Raises KeyError for a request that is not running or queued.
         """
         serial = self._serial_of[request_id]
-        output = self._finish(serial, "cancelled", self._clock())
-        return output
+        return self._finish(serial, "cancelled", self._clock())
 
-    def generate(self, requests: Sequence[Request], on_event: Callable[[Event], None] = lambda event: None) -> list[Output]:
+    def generate(
+        self, requests: Sequence[Request], on_event: Callable[[Event], None] = lambda event: None
+    ) -> list[Output]:
         """Serves all requests, offered at once, and returns their outputs in the order given.
 
         Raises ValueError for the first request that cannot be served, or an id used twice, before any is started.
@@ -212,7 +216,9 @@ class Engine:
             self.submit(request)
         return self._drain(ids, on_event)
 
-    def replay(self, requests: Sequence[Request], on_event: Callable[[Event], None] = lambda event: None) -> list[Output]:
+    def replay(
+        self, requests: Sequence[Request], on_event: Callable[[Event], None] = lambda event: None
+    ) -> list[Output]:
         """Serves requests that arrive at their `arrival_s`, in real time from now; idle until the next arrival."""
         start = self._clock()
         waiting = collections.deque(sorted(requests, key=lambda request: request.arrival_s))
@@ -269,14 +275,14 @@ class Engine:
         config, rows = self.config, _LOAD_ROWS
         live = [self._live[serial] for serial in serials]
         how = [entry.request.sampling for entry in live]
-        tokens = np.zeros((rows, config.max_len), np.int32)
-        stop_tokens = np.full((rows, config.max_stop_tokens), NO_TOKEN, np.int32)
+        tokens: Any = np.zeros((rows, config.max_len), np.int32)
+        stop_tokens: Any = np.full((rows, config.max_stop_tokens), NO_TOKEN, np.int32)
         for row, entry in enumerate(live):
             tokens[row, : len(entry.request.prompt_ids)] = entry.request.prompt_ids
             stops = self._stop_tokens(entry.request)
             stop_tokens[row, : len(stops)] = stops
 
-        def column(values, fill, dtype=np.int32):
+        def column(values, fill, dtype: Any = np.int32) -> Any:
             return np.array([*values, *[fill] * (rows - len(live))], dtype)
 
         prompt_lens = [len(entry.request.prompt_ids) for entry in live]

@@ -67,8 +67,13 @@ def _rope(config, x):
             scaling.high_freq_factor - scaling.low_freq_factor
         )
         blended = (1 - smooth) * frequency / scaling.factor + smooth * frequency
-        low, high = scaling.original_max_len / scaling.low_freq_factor, scaling.original_max_len / scaling.high_freq_factor
-        frequency = np.where(wavelength > low, frequency / scaling.factor, np.where(wavelength < high, frequency, blended))
+        low, high = (
+            scaling.original_max_len / scaling.low_freq_factor,
+            scaling.original_max_len / scaling.high_freq_factor,
+        )
+        frequency = np.where(
+            wavelength > low, frequency / scaling.factor, np.where(wavelength < high, frequency, blended)
+        )
     angle = (np.arange(n)[:, None] * frequency).reshape(n, *[1] * (x.ndim - 2), half)
     x1, x2 = x[..., :half], x[..., half:]
     return np.concatenate([x1 * np.cos(angle) - x2 * np.sin(angle), x2 * np.cos(angle) + x1 * np.sin(angle)], -1)

@@ -30,7 +30,9 @@ def modules():
 
 
 def rank(module):
-    fits = [(len(name), i) for i, row in enumerate(RANKS) for name in row if module == name or module.startswith(name + ".")]
+    fits = [
+        (len(name), i) for i, row in enumerate(RANKS) for name in row if module == name or module.startswith(name + ".")
+    ]
     assert fits, f"{module} has no rank"
     return max(fits)[1]
 
@@ -41,7 +43,9 @@ def imports(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names if is_module(f"{node.module}.{alias.name}"))
+            yield from (
+                f"{node.module}.{alias.name}" for alias in node.names if is_module(f"{node.module}.{alias.name}")
+            )
 
 
 def is_module(name):
@@ -57,7 +61,9 @@ def test_imports_point_down(module, path):
         if name in ("nanojax", "nanojax.pipeline", "nanojax.models", "experiments"):
             continue  # `from package import module`: the module itself is checked
         siblings = package != "nanojax" and name.startswith(package + ".")
-        assert siblings or name == package or rank(name) < rank(module), f"{module} imports {name}, which is not below it"
+        assert siblings or name == package or rank(name) < rank(module), (
+            f"{module} imports {name}, which is not below it"
+        )
 
 
 def test_pallas_kernels_is_a_leaf():

@@ -6,10 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-
 import numpy_decoder
+import pytest
 import tiny
+
 from nanojax import engine as core
 from nanojax import serve
 from nanojax.serve import Driver
@@ -58,7 +58,10 @@ VARIANTS = {
     "tight pages, small budget": (dataclasses.replace(TIGHT, token_budgets=(4, 8)), {}),
     "tight pages, shortest first": (TIGHT, {"policy": tiny.policy(priority="shortest_prompt")}),
     "tight pages, prefill first": (TIGHT, {"policy": tiny.policy(phase_order="prefill_first")}),
-    "tight pages, device loop": (TIGHT, {"driver": Driver.DEVICE_LOOP, "steps_per_launch": 5, "check_invariants": False}),
+    "tight pages, device loop": (
+        TIGHT,
+        {"driver": Driver.DEVICE_LOOP, "steps_per_launch": 5, "check_invariants": False},
+    ),
     "host waits": (tiny.ENGINE, {"driver": Driver.HOST_SYNC}),
     "device loop": (tiny.ENGINE, {"driver": Driver.DEVICE_LOOP, "steps_per_launch": 3}),
     "peak memory": (TIGHT, {"policy": tiny.policy("peak_memory")}),
@@ -199,7 +202,9 @@ BAD = {
     "needs 16 pages at its longest, the pool has num_pages=13": Request("bad", (1,) * 60, SamplingParams(max_tokens=4)),
     "prompt token 97 is outside the vocabulary \\[0, 97\\)": Request("bad", (5, 97)),
     "stop token 99 is outside the vocabulary": Request("bad", (5,), SamplingParams(max_tokens=4, stop_tokens=(99,))),
-    "3 stop tokens .* exceed max_stop_tokens=2": Request("bad", (5,), SamplingParams(max_tokens=4, stop_tokens=(1, 2, 3))),
+    "3 stop tokens .* exceed max_stop_tokens=2": Request(
+        "bad", (5,), SamplingParams(max_tokens=4, stop_tokens=(1, 2, 3))
+    ),
     "stop strings \\('x',\\) need a tokenizer": Request("bad", (5,), SamplingParams(max_tokens=4, stop=("x",))),
 }
 

@@ -88,6 +88,27 @@ def test_recorded_times_are_replayed_faster_by_the_speed(tmp_path):
     assert [(len(r.prompt_ids), r.sampling.max_tokens) for r in requests] == [(5, 6), (6, 6), (7, 6)]
 
 
+def test_sharegpt_texts_become_requests_with_the_length_of_the_recorded_answer(tmp_path, monkeypatch):
+    def turns(question, answer):
+        return {"id": "x", "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+    path = tmp_path / "texts.json"
+    path.write_text(
+        json.dumps([turns("why?", "so"), turns("x" * 2000, "long"), turns("", "empty"), turns("who?", "you!")])
+    )
+    monkeypatch.setattr("nanojax.workload.find_sharegpt", lambda: path)
+    values = parsed(offline_throughput, *SMALL, "--trace=sharegpt_texts")
+    values.max_tokens = None
+    work = serving.work(values, serving.load(values), 2)
+    assert [(len(r.prompt_ids), r.sampling.max_tokens, r.sampling.ignore_eos) for r in work.requests] == [
+        (4, 2, True),
+        (4, 4, True),
+    ]
+    assert work.num_dropped == 1
+    with pytest.raises(ValueError, match="'sharegpt_texts' has 2 requests"):
+        serving.work(values, serving.load(values), 3)
+
+
 def test_a_prompt_is_streamed(capsys):
     generate.run(parsed(generate, *SMALL, "--prompt=Hello", "--max_tokens=3"))
     captured = capsys.readouterr()

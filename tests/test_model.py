@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-
 import numpy_decoder
+import pytest
 import tiny
+
 from nanojax.config import PRESETS
 from nanojax.models import decoder
 from nanojax.pipeline import execute

@@ -6,8 +6,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+
 from nanojax.config import EngineConfig
 from nanojax.serve import Driver, Engine
 from nanojax.weights import load_model
@@ -34,7 +34,9 @@ SCHEDULES = {
     "reserve": (TIGHT, {"admission_rule": "reserve_max"}, {}),
     "static": (BASE, {"batching": "static"}, {}),
 }
-MUST_PREEMPT = {name for name, (config, policy, _) in SCHEDULES.items() if config is TIGHT and "admission_rule" not in policy}
+MUST_PREEMPT = {
+    name for name, (config, policy, _) in SCHEDULES.items() if config is TIGHT and "admission_rule" not in policy
+}
 
 
 def engine(model, config, policy=None, **options):
@@ -110,7 +112,8 @@ def golden(shared_data):
 
 def test_smollm2_equals_its_golden_tokens_and_logprobs(smollm2, golden):
     requests = [
-        Request(str(i), tuple(item["prompt_ids"]), SamplingParams(max_tokens=64, logprobs=True)) for i, item in enumerate(golden)
+        Request(str(i), tuple(item["prompt_ids"]), SamplingParams(max_tokens=64, logprobs=True))
+        for i, item in enumerate(golden)
     ]
     for output, item in zip(engine(smollm2, LADDER).generate(requests), golden, strict=True):
         assert list(output.token_ids) == item["generated_ids"]
@@ -120,7 +123,9 @@ def test_smollm2_equals_its_golden_tokens_and_logprobs(smollm2, golden):
 @pytest.mark.parametrize("kv_dtype", [jnp.uint16])
 def test_smollm2_in_bfloat16_keeps_the_first_16_golden_tokens(golden, kv_dtype, smollm2):
     model = load_model("smollm2", dtype=jnp.bfloat16)
-    requests = [Request(str(i), tuple(item["prompt_ids"]), SamplingParams(max_tokens=16)) for i, item in enumerate(golden)]
+    requests = [
+        Request(str(i), tuple(item["prompt_ids"]), SamplingParams(max_tokens=16)) for i, item in enumerate(golden)
+    ]
     for output, item in zip(engine(model, BASE, kv_dtype=kv_dtype).generate(requests), golden, strict=True):
         assert list(output.token_ids) == item["generated_ids"][:16]
 

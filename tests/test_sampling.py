@@ -44,7 +44,9 @@ def test_categorical_inverts_the_cumulative_distribution():
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**24 - 1).map(lambda n: n / 2**24), st.integers(0, 2**31 - 2))
 def test_categorical_never_draws_a_token_of_weight_zero(uniform, seed):
-    weights = jax.random.uniform(jax.random.key(seed), (R, V)) * (jax.random.uniform(jax.random.key(seed + 1), (R, V)) < 0.01)
+    weights = jax.random.uniform(jax.random.key(seed), (R, V)) * (
+        jax.random.uniform(jax.random.key(seed + 1), (R, V)) < 0.01
+    )
     weights = weights.at[:, 0].set(1e-6)
     token = sampling.categorical(weights, jnp.full((R,), uniform, jnp.float32))
     assert (jnp.take_along_axis(weights, token[:, None], 1) > 0).all()
@@ -80,7 +82,9 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass(top_p):
     for row in range(R):
         ordered = np.sort(np.asarray(weights[row], np.float64))[::-1]
         needed = int(np.searchsorted(np.cumsum(ordered), top_p * ordered.sum())) + 1
-        assert abs(int((kept[row] > 0).sum()) - needed) <= (top_p > 0.99), "float32 sums may differ by one token far out"
+        assert abs(int((kept[row] > 0).sum()) - needed) <= (top_p > 0.99), (
+            "float32 sums may differ by one token far out"
+        )
 
 
 def test_top_p_is_taken_of_what_top_k_leaves():

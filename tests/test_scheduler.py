@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import python_scheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import python_scheduler
 from nanojax import admission, kv_cache, scheduler
 from nanojax.config import EngineConfig
 from nanojax.scheduler import Batching, PhaseOrder, Policy
@@ -56,7 +56,9 @@ def states(draw):
 
 
 def arrays(rows, order):
-    resident, active, prompt, num_tokens, computed, pages, limit, _ = (np.array(column) for column in zip(*rows, strict=True))
+    resident, active, prompt, num_tokens, computed, pages, limit, _ = (
+        np.array(column) for column in zip(*rows, strict=True)
+    )
     state = scheduler.init(S)
     state = state.replace(
         resident=jnp.array(resident), active=jnp.array(active), prompt_len=jnp.array(prompt, jnp.int32),
@@ -79,7 +81,9 @@ def test_plan_equals_python(phase_order, data, budget):
         python_scheduler.Row(arrival=a, num_tokens=r[3], num_computed=r[4], pages=r[5], active=r[1], rank=r[2])
         for r, a in zip(rows, order, strict=True)
     ]
-    tokens, victim = python_scheduler.plan(oracle, int(pool.num_free), budget, PAGE, phase_order is PhaseOrder.DECODE_FIRST)
+    tokens, victim = python_scheduler.plan(
+        oracle, int(pool.num_free), budget, PAGE, phase_order is PhaseOrder.DECODE_FIRST
+    )
     np.testing.assert_array_equal(step_plan.q_lens, tokens)
     np.testing.assert_array_equal(np.flatnonzero(step_plan.preempt), [] if victim is None else [victim])
 
@@ -102,7 +106,9 @@ def test_plan_equals_python(phase_order, data, budget):
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=states(), batching=st.sampled_from(list(Batching)), rule=st.sampled_from(["greedy", "reserve_max", "oracle"]))
+@given(
+    data=states(), batching=st.sampled_from(list(Batching)), rule=st.sampled_from(["greedy", "reserve_max", "oracle"])
+)
 def test_admit_takes_the_longest_prefix_of_the_queue_that_fits(data, batching, rule):
     rows, order = data
     state, pool = arrays(rows, order)
@@ -126,7 +132,9 @@ def test_admit_takes_the_longest_prefix_of_the_queue_that_fits(data, batching, r
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(-3, 40), st.booleans()), min_size=6, max_size=6))
 def test_peak_forecast_equals_brute_force(requests):
     num_tokens, remaining, active = (np.array(column) for column in zip(*requests, strict=True))
-    ours = admission.peak_pages(jnp.array(num_tokens, jnp.int32), jnp.array(remaining, jnp.int32), jnp.array(active), PAGE)
+    ours = admission.peak_pages(
+        jnp.array(num_tokens, jnp.int32), jnp.array(remaining, jnp.int32), jnp.array(active), PAGE
+    )
     brute = python_scheduler.peak_pages(num_tokens[active].tolist(), remaining[active].tolist(), PAGE)
     assert int(ours) == brute
 
@@ -134,7 +142,8 @@ def test_peak_forecast_equals_brute_force(requests):
 def finished(lens):
     state = scheduler.init(S)
     return state.replace(
-        finished_lens=state.finished_lens.at[: len(lens)].set(jnp.array(lens, jnp.int32)), num_finished=jnp.int32(len(lens))
+        finished_lens=state.finished_lens.at[: len(lens)].set(jnp.array(lens, jnp.int32)),
+        num_finished=jnp.int32(len(lens)),
     )
 
 

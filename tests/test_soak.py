@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+
 from nanojax import engine as core
 from nanojax import invariants
 from nanojax.config import EngineConfig, ModelConfig
@@ -73,7 +73,7 @@ def soak(policy, key, state, first_id):
 
     def body(carry, step_key):
         state, first_id, broken, foreign, finished, preempted, cancelled, idle = carry
-        k1, k2, k3 = jax.random.split(step_key, 3)
+        k1, k2 = jax.random.split(step_key)
         state = random_arrivals(k1, state, first_id)
         victim = jax.random.bernoulli(k2, 0.01, (CONFIG.num_slots,)) & state.scheduler.resident
         state = core.cancel(state, victim)
@@ -110,7 +110,9 @@ def test_soak(name):
         assert not broken.any(), [law for law, b in zip(invariants.LAWS, np.asarray(broken), strict=True) if b]
         assert int(foreign) == 0, "a token read another request's KV"
         assert int(idle) == 0, "requests were there, and none moved"
-        finished, preempted, cancelled = (a + int(b) for a, b in zip((finished, preempted, cancelled), counts, strict=True))
+        finished, preempted, cancelled = (
+            a + int(b) for a, b in zip((finished, preempted, cancelled), counts, strict=True)
+        )
     assert finished > 1000
     assert cancelled > 100
     assert preempted > 100 or "greedy" not in name, "tight pages must preempt here, or the soak shows little"

@@ -21,7 +21,9 @@ LLAMA = ModelConfig(
 MODELS = {
     "llama": LLAMA,
     "llama3.1": dataclasses.replace(
-        LLAMA, rope_theta=5e5, rope_scaling=RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=16)
+        LLAMA,
+        rope_theta=5e5,
+        rope_scaling=RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=16),
     ),
     "tied": dataclasses.replace(LLAMA, tied_head=True, num_heads=6, num_kv_heads=2),
     "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, rms_eps=1e-6),
@@ -44,7 +46,11 @@ def params(model: ModelConfig):
 
 
 def policy(
-    admission_rule="greedy", priority="first_come", phase_order="decode_first", batching="continuous", expected_output_len=8
+    admission_rule="greedy",
+    priority="first_come",
+    phase_order="decode_first",
+    batching="continuous",
+    expected_output_len=8,
 ) -> Policy:
     return Policy(
         admission.make_forecast(admission_rule, expected_output_len=expected_output_len),
@@ -72,7 +78,9 @@ def requests(
     for i in range(num):
         how = {"max_tokens": int(rng.integers(1, 20)), "ignore_eos": True, "seed": i, **sampling}
         prompt = rng.integers(0, model.vocab_size, rng.integers(1, max_prompt_len + 1)).tolist()
-        made.append(Request(f"r{i}", tuple(prompt), SamplingParams(temperature=temperature[i % len(temperature)], **how)))
+        made.append(
+            Request(f"r{i}", tuple(prompt), SamplingParams(temperature=temperature[i % len(temperature)], **how))
+        )
     return made
 
 

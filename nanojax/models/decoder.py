@@ -26,10 +26,12 @@ class FeedForward(nnx.Module):
         self.down = normal(rngs, (config.d_ff, config.d_model), dtype)
 
     def up_gate(self, x: Float[Array, "t D"]) -> Float[Array, "t F"]:
+        """`silu(gate x) * (up x)`."""
         gate, up = jnp.moveaxis(contract(x, self.gate_up[...]), 1, 0)
         return jax.nn.silu(gate) * up
 
     def project_down(self, hidden: Float[Array, "t F"]) -> Float[Array, "t D"]:
+        """Back to the model's width."""
         return contract(hidden, self.down[...])
 
 
@@ -44,16 +46,20 @@ class Attention(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(shape, jnp.float32))
 
     def __call__(self, x: Float[Array, "t D"]) -> Float[Array, "t K G2 h"]:
+        """All three projections in one product."""
         y = contract(x, self.kernel[...])
         return y + self.bias[...] if hasattr(self, "bias") else y
 
 
 class OutProjection(nnx.Module):
+    """From the attended heads back to the model's width."""
+
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         groups = config.num_heads // config.num_kv_heads
         self.kernel = normal(rngs, (config.num_kv_heads, groups, config.head_dim, config.d_model), dtype)
 
     def __call__(self, attended: Float[Array, "t H h"]) -> Float[Array, "t D"]:
+        """Heads joined, then projected."""
         kernel = self.kernel[...]
         return contract(attended.reshape(attended.shape[0], -1), kernel.reshape(-1, kernel.shape[-1]))
 
@@ -84,6 +90,7 @@ class DecoderLayer(nnx.Module):
         return q_and_k[:, :, :-1].reshape(t, num_kv_heads * (width - 2), head_dim), q_and_k[:, :, -1], v
 
     def project_out(self, x: Float[Array, "t D"], attended: Float[Array, "t H h"]) -> Float[Array, "t D"]:
+        """The residual stream after attention."""
         return x + self.out(attended)
 
     def up_gate(self, x: Float[Array, "t D"]):
@@ -91,10 +98,13 @@ class DecoderLayer(nnx.Module):
         return self.ffn.up_gate(self.ffn_norm(x))
 
     def down(self, x: Float[Array, "t D"], hidden) -> Float[Array, "t D"]:
+        """The residual stream after the feed-forward."""
         return x + self.ffn.project_down(hidden)
 
 
 class Embedding(nnx.Module):
+    """One row per token: the input embedding, or the head that scores each token."""
+
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.table = normal(rngs, (config.vocab_size, config.d_model), dtype)
 
@@ -110,9 +120,11 @@ class Decoder(nnx.Module):
             self.head = Embedding(config, dtype, rngs)
 
     def embed_tokens(self, tokens: Int32[Array, "t"]) -> Float[Array, "t D"]:
+        """The residual stream that the first layer reads, float32."""
         return self.embed.table[...][tokens].astype(jnp.float32)
 
     def logits(self, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
+        """Scores of all tokens, float32."""
         table = (self.head if hasattr(self, "head") else self.embed).table[...]
         y = self.final_norm(x).astype(table.dtype)
         return jax.lax.dot_general(y, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

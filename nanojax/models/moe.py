@@ -32,6 +32,7 @@ class MixtureOfExperts(nnx.Module):
         self.down = normal(rngs, (experts, config.d_ff, config.d_model), dtype)
 
     def up_gate(self, x: Float[Array, "t D"]) -> RoutedHidden:
+        """Routes, sorts by expert, and runs each expert's gate and up projections on its tokens."""
         t = x.shape[0]
         scores, experts = jax.lax.top_k(contract(x, self.router[...]), self.top_k)
         order = jnp.argsort(experts.reshape(-1))
@@ -44,6 +45,7 @@ class MixtureOfExperts(nnx.Module):
         return RoutedHidden(jax.nn.silu(gate) * up, group_sizes, token, weight, t)
 
     def project_down(self, routed: RoutedHidden) -> Float[Array, "t D"]:
+        """Each expert's down projection, weighted and added up per token."""
         y = _grouped(routed.hidden, self.down[...], routed.group_sizes) * routed.weight[:, None]
         return jnp.zeros((routed.num_tokens, y.shape[1]), y.dtype).at[routed.token].add(y)
 

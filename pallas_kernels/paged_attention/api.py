@@ -2,15 +2,15 @@
 
 import math
 
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.paged_attention import reference, xla
 
 
 def paged_attention(
     q: Float[Array, "T H h"],
-    k_pages: Float[Array, "L N K p h"],
-    v_pages: Float[Array, "L N K p h"],
+    k_pages: Float[Array, "L N K p h"] | UInt16[Array, "L N K p h"],
+    v_pages: Float[Array, "L N K p h"] | UInt16[Array, "L N K p h"],
     layer: int,
     kv_lens: Int32[Array, "R"],
     page_indices: Int32[Array, "R P"],
@@ -30,7 +30,7 @@ def paged_attention(
 
     Args:
       q: query heads in order of their KV head, `G = H // K` for each.
-      k_pages, v_pages: the caches of all layers.
+      k_pages, v_pages: the caches of all layers; uint16 pages hold the bits of bfloat16 values.
       layer: which of the L caches to read.
       kv_lens: tokens of each row, this step's included; at least the row's query tokens.
       page_indices: entries beyond `ceil(kv_lens[r] / p)` are ignored; all are in [0, N).

@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt16
 
 
 def paged_attention(
     q: Float[Array, "T H h"],
-    k_pages: Float[Array, "L N K p h"],
-    v_pages: Float[Array, "L N K p h"],
+    k_pages: Float[Array, "L N K p h"] | UInt16[Array, "L N K p h"],
+    v_pages: Float[Array, "L N K p h"] | UInt16[Array, "L N K p h"],
     layer: int,
     kv_lens: Int32[Array, "R"],
     page_indices: Int32[Array, "R P"],
@@ -26,7 +26,8 @@ def paged_attention(
     num_heads, head_dim = q.shape[1:]
     num_kv_heads, page_size = k_pages.shape[2:4]
     group = num_heads // num_kv_heads
-    dtype = jnp.promote_types(q.dtype, k_pages.dtype)
+    value_dtype = jnp.bfloat16 if k_pages.dtype == jnp.uint16 else k_pages.dtype
+    dtype = jnp.promote_types(q.dtype, value_dtype)
     positions_of_table = jnp.arange(page_indices.shape[1] * page_size)
 
     def dot(subscripts, a, b):
@@ -35,7 +36,8 @@ def paged_attention(
 
     def rows_of_pages(pages, row):
         """[L N K p h] -> [K P*p h]: a row's tokens are the rows of its pages, end to end."""
-        return pages[layer, page_indices[row]].swapaxes(0, 1).reshape(num_kv_heads, -1, head_dim)
+        taken = jax.lax.bitcast_convert_type(pages[layer, page_indices[row]], value_dtype)
+        return taken.swapaxes(0, 1).reshape(num_kv_heads, -1, head_dim)
 
     def attend(token):
         row = jnp.searchsorted(cu_q_lens, token, side="right") - 1  # the row with cu_q_lens[row] <= token < [row + 1]

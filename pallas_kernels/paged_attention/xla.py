@@ -11,7 +11,7 @@ import typing
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt16
 
 MASKED = -1e30  # below each real score, yet finite: differences and exp stay free of NaN
 
@@ -39,6 +39,7 @@ class _Cache(typing.NamedTuple):
 
     pages: keys and values, [L*N*K p*h] each.  first_page: of the layer, in units of pages.
     page_ids: [R blocks pages_per_block]; beyond a row's last page, that page again.
+    value_dtype: what the pages hold.  dtype: what products are taken in.
     """
 
     pages: tuple[Array, Array]
@@ -46,6 +47,7 @@ class _Cache(typing.NamedTuple):
     page_ids: Array
     num_kv_heads: int
     page_size: int
+    value_dtype: typing.Any
     dtype: typing.Any
 
     @property
@@ -55,8 +57,8 @@ class _Cache(typing.NamedTuple):
 
 def paged_attention(
     q: Float[Array, "T H h"],
-    k_pages: Float[Array, "L N K p h"],
-    v_pages: Float[Array, "L N K p h"],
+    k_pages: Float[Array, "L N K p h"] | UInt16[Array, "L N K p h"],
+    v_pages: Float[Array, "L N K p h"] | UInt16[Array, "L N K p h"],
     layer: int,
     kv_lens: Int32[Array, "R"],
     page_indices: Int32[Array, "R P"],
@@ -69,6 +71,7 @@ def paged_attention(
     """Attention as `api.paged_attention` defines it.  Temporary memory: some blocks, copies of q and of the table."""
     num_tokens, _, head_dim = q.shape
     num_layers, num_pages, num_kv_heads, page_size, _ = k_pages.shape
+    value_dtype = jnp.bfloat16 if k_pages.dtype == jnp.uint16 else k_pages.dtype
     # All layers end to end is a bitcast; to take one layer out would copy it.
     flat = (num_layers * num_pages * num_kv_heads, page_size * head_dim)
     cache = _Cache(
@@ -77,7 +80,8 @@ def paged_attention(
         page_ids=_cut_into_blocks(page_indices, -(-kv_lens // page_size), -(-config.block // page_size)),
         num_kv_heads=num_kv_heads,
         page_size=page_size,
-        dtype=jnp.promote_types(q.dtype, k_pages.dtype),
+        value_dtype=value_dtype,
+        dtype=jnp.promote_types(q.dtype, value_dtype),
     )
     config = dataclasses.replace(config, query_tile=min(config.query_tile, num_tokens))
     # A tile may reach over the last token.
@@ -112,7 +116,7 @@ def _gather(cache, page_ids, num_valid, iteration):
     num_values = (num_valid[..., None] - first_token)[..., None, :, None] * head_dim
     v = jnp.where(jnp.arange(v.shape[-1]) < num_values, v, jnp.zeros((), integer))
     shape = (*page_ids.shape[:-1], cache.num_kv_heads, cache.block, head_dim)
-    k, v = (lax.bitcast_convert_type(x, pages[0].dtype).reshape(shape).astype(cache.dtype) for x in (k, v))
+    k, v = (lax.bitcast_convert_type(x, cache.value_dtype).reshape(shape).astype(cache.dtype) for x in (k, v))
     return k, v
 
 

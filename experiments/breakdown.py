@@ -178,7 +178,7 @@ def _time_parts(
     runs: dict[str, Callable[[EngineState], Any]] = {
         "step": run_step,
         "dense": lambda _: dense(loaded.params, packed),
-        "attention": lambda _: attend(kv, queries.astype(kv.k.dtype), packed),
+        "attention": lambda _: attend(kv, queries.astype(kv.value_dtype), packed),
         "kv_write": run_write,
         "sampling": lambda own: sample(logits, own.sampling, packed.row_slots, own.scheduler.num_tokens),
         "scheduling": plan,
@@ -213,7 +213,7 @@ def _attend(model: ModelConfig, implementation: str | None, kv, x, packed):
         x = paged_attention(
             x, kv.k, kv.v, index, packed.kv_lens, packed.page_indices, packed.cu_q_lens, packed.num_decode,
             implementation=implementation,
-        ).astype(kv.k.dtype)  # fmt: skip
+        ).astype(kv.value_dtype)  # fmt: skip
     return x
 
 

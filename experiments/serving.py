@@ -67,8 +67,9 @@ def policy(values: flags.FlagValues) -> Policy:
 
 
 def kv_dtype(values: flags.FlagValues) -> jnp.dtype:
-    """As `--kv_dtype` says; else float32 on a CPU (bfloat16 is converted element by element there), or the weights'."""
-    return jnp.dtype(values.kv_dtype or ("float32" if jax.default_backend() == "cpu" else values.dtype))
+    """What the KV pages are stored as: `--kv_dtype`, else as the weights; on a CPU bfloat16 as its bits (see `KVPages`)."""
+    wanted = jnp.dtype(values.kv_dtype or values.dtype)
+    return jnp.dtype(jnp.uint16) if wanted == jnp.bfloat16 and jax.default_backend() == "cpu" else wanted
 
 
 def engine_config(values: flags.FlagValues, loaded: LoadedModel) -> EngineConfig:
@@ -119,7 +120,11 @@ def describe(values: flags.FlagValues, loaded: LoadedModel) -> dict[str, Any]:
     shown = {name: _without_folder(values[name].value) for name in names}
     config = engine_config(values, loaded)
     capacities = dataclasses.asdict(config) | {"token_budgets": list(config.token_budgets)}
-    model = {"model": loaded.config.name, "num_params": loaded.config.num_params, "kv_dtype": kv_dtype(values).name}
+    model = {
+        "model": loaded.config.name,
+        "num_params": loaded.config.num_params,
+        "kv_dtype": values.kv_dtype or values.dtype,
+    }
     return {**shown, **capacities, **model}
 
 

@@ -45,7 +45,7 @@ def define(values: flags.FlagValues) -> None:
     enum("model", DEFAULT_MODEL, [DEFAULT_MODEL, SMOKE_MODEL, *PRESETS], "smollm2: the real weights; else random ones.")
     text("weights", None, f"A .gguf or llama2.c .bin file, a Hugging Face directory, or {RANDOM_WEIGHTS!r}.")
     enum("dtype", DTYPES[0], DTYPES, "Of the weights.")
-    enum("kv_dtype", None, DTYPES, "Of the KV cache; if not given float32 on a CPU, elsewhere the weights'.")
+    enum("kv_dtype", None, DTYPES, "Of the KV cache; if not given the weights'.")
 
     enum("driver", Driver.DISPATCH_AHEAD.value, [driver.value for driver in Driver], "How the host launches steps.")
     enum("admission", ADMISSION_NAMES[0], ADMISSION_NAMES, "Forecast of the peak page demand.")

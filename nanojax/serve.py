@@ -28,7 +28,8 @@ from nanojax.metrics import RequestRecord, StepRecord
 from nanojax.pipeline import execute
 from nanojax.sampling import NO_TOKEN
 from nanojax.scheduler import Policy
-from nanojax.weights.tokenizer import StreamDecoder, Tokenizer
+from nanojax.text_stream import TextStream
+from nanojax.weights.tokenizer import Tokenizer
 from nanojax.workload import Request
 
 
@@ -69,12 +70,10 @@ class _Live:
 
     request: Request
     arrival_s: float
-    decoder: StreamDecoder | None
+    stream: TextStream
     slot: int | None = None
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
-    text: str = ""
-    num_emitted: int = 0
     first_token_s: float = float("nan")
     num_preemptions: int = 0
 
@@ -173,8 +172,7 @@ class Engine:
         self.check(request)
         serial = self._num_submitted
         self._num_submitted += 1
-        decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
-        self._live[serial] = _Live(request, self._clock(), decoder)
+        self._live[serial] = _Live(request, self._clock(), TextStream(self.tokenizer, request.sampling.stop))
         self._serial_of[request.request_id] = serial
         heapq.heappush(self._queue, (self._queue_key(request), serial))
 
@@ -356,23 +354,14 @@ class Engine:
             entry.first_token_s = now
         entry.token_ids.append(token)
         entry.logprobs.append(logprob)
-        before = entry.num_emitted
         reason = _REASONS[finish]
-        if entry.decoder is not None:
-            if finish is not Finish.STOP:
-                entry.text += entry.decoder.push(token)
-            if reason is not None:
-                entry.text += entry.decoder.flush()
-            cut = _find_stop(entry.text, before, entry.request.sampling.stop)
-            if cut is not None:
-                entry.text, reason = entry.text[:cut], "stop"
-                entry.num_emitted = max(before, cut)
-            else:
-                held = 0 if reason is not None else _held_back(entry.text, entry.request.sampling.stop)
-                entry.num_emitted = max(before, len(entry.text) - held)
+        stopped = finish is not Finish.STOP and entry.stream.push(token)
+        if reason is not None:
+            stopped |= entry.stream.close()
+        reason = "stop" if stopped else reason
         request_id = entry.request.request_id
         output = self._finish(serial, reason, now, on_device=finish is Finish.NOT) if reason is not None else None
-        return Event(request_id, (token,), entry.text[before : entry.num_emitted], output)
+        return Event(request_id, (token,), entry.stream.take(), output)
 
     def _finish(self, serial: int, reason: str, now: float, *, on_device: bool = True) -> Output:
         """Closes the books of a request; `on_device`: the device still holds it and must forget it."""
@@ -389,7 +378,7 @@ class Engine:
             finish_reason=reason,
         )  # fmt: skip
         self.records.append(record)
-        text = entry.text if entry.decoder is not None else None
+        text = entry.stream.text if self.tokenizer is not None else None
         logprobs = tuple(entry.logprobs) if request.sampling.logprobs else None
         return Output(request.request_id, tuple(entry.token_ids), text, logprobs, reason, record)
 
@@ -414,15 +403,3 @@ _QUEUE_KEYS: dict[scheduler.PriorityFn, Callable[[Request], int]] = {
     ),
 }
 """The host's queue of requests that have no slot yet is in the order of the device's."""
-
-
-def _find_stop(text: str, num_emitted: int, stops: Sequence[str]) -> int | None:
-    """Where the earliest stop string begins; only text that was not given out yet can hold its end."""
-    found = [at for stop in stops if (at := text.find(stop, max(0, num_emitted - len(stop)))) >= 0]
-    return min(found, default=None)
-
-
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest tail of `text` that could still become a stop string."""
-    lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
-    return max(lengths, default=0)

@@ -6,6 +6,9 @@ import pathlib
 CHECKOUT = pathlib.Path(__file__).parents[1]
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The tests compile far more than they compute: spare LLVM's optimisations.
+CHEAP_CODE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{CHEAP_CODE} {os.environ.get('XLA_FLAGS', '')}"
 # Many tests build the same engine; each program is compiled once, also across workers and runs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CHECKOUT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

@@ -13,7 +13,7 @@ RANKS = [
     ["nanojax.config", "nanojax.hardware", "nanojax.models.layers", "pallas_kernels"],
     ["nanojax.kv_cache", "nanojax.batch", "nanojax.models", "nanojax.sampling", "nanojax.workload", "nanojax.metrics"],
     ["nanojax.scheduler", "nanojax.pipeline", "nanojax.weights"],
-    ["nanojax.admission"],
+    ["nanojax.admission", "nanojax.text_stream"],
     ["nanojax.engine"],
     ["nanojax.invariants"],
     ["nanojax.serve"],
@@ -84,7 +84,7 @@ EFFECTS = {
     "matplotlib": ("experiments",),
     "logging": ("experiments",),
     "time": ("experiments", "nanojax.serve", "nanojax.hardware"),
-    "os": ("experiments", "nanojax.weights", "nanojax.workload", "nanojax.hardware"),
+    "os": ("experiments", "nanojax.weights", "nanojax.workload", "nanojax.hardware", "pallas_kernels.paged_attention.numba_cpu"),
 }
 
 

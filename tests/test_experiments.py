@@ -6,10 +6,8 @@ import re
 import subprocess
 import sys
 
-import jax
 import pytest
 from absl import flags
-from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import breakdown, generate, offline_throughput, online_latency, request_lines, serving, serving_flags
 from experiments.record import read_record
@@ -18,19 +16,6 @@ from nanojax.weights.chat import TEMPLATES
 SMALL = ("--smoke", "--token_budgets=32")
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENIZER = serving.byte_tokenizer(257)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    """The experiments of this file compile the same programs: keep them."""
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", before[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
-    compilation_cache.reset_cache()
 
 
 def parsed(experiment, *arguments) -> flags.FlagValues:

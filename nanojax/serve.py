@@ -113,8 +113,10 @@ class Engine:
         self.config, self.model, self.tokenizer, self.driver = config, model, tokenizer, driver
         self.records: list[RequestRecord] = []
         self.steps: list[StepRecord] = []
-        self._params, self._clock = params, clock
-        self._state = core.init(config, model, kv_dtype)
+        # Committed from the start: what a step returns is, and a program compiles once for each case it meets.
+        device = next(iter(jax.tree.leaves(params)[0].devices()))
+        self._params, self._state = jax.device_put((params, core.init(config, model, kv_dtype)), device)
+        self._clock = clock
         forward = forward or functools.partial(execute.forward, model, attention=attention)
         self._load = jax.jit(core.load, donate_argnums=0)
         self._cancel = jax.jit(core.cancel, donate_argnums=0)

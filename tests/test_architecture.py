@@ -84,7 +84,13 @@ EFFECTS = {
     "matplotlib": ("experiments",),
     "logging": ("experiments",),
     "time": ("experiments", "nanojax.serve", "nanojax.hardware"),
-    "os": ("experiments", "nanojax.weights", "nanojax.workload", "nanojax.hardware", "pallas_kernels.paged_attention.numba_cpu"),
+    "os": (
+        "experiments",
+        "nanojax.weights",
+        "nanojax.workload",
+        "nanojax.hardware",
+        "pallas_kernels.paged_attention.numba_cpu",
+    ),
 }
 
 

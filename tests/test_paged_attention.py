@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from pallas_kernels.paged_attention import api, arg_specs, xla
 from pallas_kernels.paged_attention.arg_specs import ArgSpec, make_args
 
 LAYER, NUM_LAYERS = 1, 3
+needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs numba")
 TINY = {
     "name": "tiny",
     "num_heads": 4,
@@ -49,6 +51,17 @@ def in_float32(args: dict) -> dict:
     return {name: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in args.items()}
 
 
+def as_bits(args: dict) -> dict:
+    """Pages as the uint16 bits of bfloat16 values."""
+    bits = {x: jax.lax.bitcast_convert_type(args[x].astype(jnp.bfloat16), jnp.uint16) for x in ("k_pages", "v_pages")}
+    return {**args, **bits}
+
+
+def readable(args: dict, implementation: str) -> dict:
+    """`args` with bfloat16 pages as bits where the implementation reads no others."""
+    return as_bits(args) if implementation == "numba" and args["k_pages"].dtype == jnp.bfloat16 else args
+
+
 @functools.partial(jax.jit, static_argnames=("implementation", "sm_scale"))
 def attend(args, implementation, sm_scale=None):
     return api.paged_attention(layer=LAYER, implementation=implementation, sm_scale=sm_scale, **args)
@@ -59,6 +72,7 @@ def error(out, truth) -> float:
 
 
 def assert_close(args, implementation):
+    args = readable(args, implementation)
     out = attend(args, implementation)
     truth = attend(in_float32(args), "reference")
     assert out.dtype == args["q"].dtype
@@ -92,7 +106,7 @@ def test_reference_equals_brute_force():
     assert error(attend(args, "reference"), brute_force(spec, args)) < 1e-6
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("numba", marks=needs_numba)])
 class TestContract:
     @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -116,6 +130,18 @@ class TestContract:
         spec = tiny(BATCHES["decode then prefill"], num_tokens=64)
         assert_close(tiny_args(spec, kv_dtype=jnp.bfloat16), implementation)
 
+    @pytest.mark.parametrize("heads", arg_specs.HEADS, ids=[name for name, *_ in arg_specs.HEADS])
+    def test_pages_of_bits(self, implementation, heads):
+        _, num_heads, num_kv_heads, head_dim = heads
+        shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        spec = tiny(BATCHES["decode then prefill"], num_tokens=64, **shape)
+        assert_close(as_bits(tiny_args(spec)), implementation)
+
+    @pytest.mark.parametrize("head_dim", [3, 20, 80])
+    def test_head_dims_that_no_vector_divides(self, implementation, head_dim):
+        spec = tiny(BATCHES["decode then prefill"], num_tokens=64, head_dim=head_dim, page_size=5)
+        assert_close(tiny_args(spec), implementation)
+
     def test_more_rows_than_tokens(self, implementation):
         spec = tiny(((1, 7), (1, 33)), num_tokens=4, num_rows=9)
         assert_close(tiny_args(spec), implementation)
@@ -131,8 +157,9 @@ class TestContract:
         assert error(out, expected) < 1e-6
 
     @pytest.mark.parametrize("poison", [np.nan, np.inf])
+    @pytest.mark.parametrize("convert", [dict, as_bits])
     @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
-    def test_what_is_not_visible_never_reaches_a_result(self, implementation, batch, poison):
+    def test_what_is_not_visible_never_reaches_a_result(self, implementation, batch, convert, poison):
         spec = tiny(batch)
         args = tiny_args(spec)
         is_used = np.zeros((NUM_LAYERS, args["k_pages"].shape[1], spec.page_size), bool)
@@ -142,7 +169,8 @@ class TestContract:
         pages = {x: jnp.where(is_used[:, :, None, :, None], args[x], poison) for x in ("k_pages", "v_pages")}
         padding = np.arange(spec.num_tokens) >= sum(spec.q_lens)
         poisoned = {**args, **pages, "q": jnp.where(padding[:, None, None], poison, args["q"])}
-        np.testing.assert_array_equal(attend(poisoned, implementation), attend(args, implementation))
+        out, expected = (attend(convert(x), implementation) for x in (poisoned, args))
+        np.testing.assert_array_equal(out, expected)
 
     def test_padding_tokens_are_zero(self, implementation):
         spec = tiny(BATCHES["decode then prefill"])
@@ -161,6 +189,41 @@ class TestContract:
         for batch in BATCHES.values():
             call(tiny_args(tiny(batch)))
         assert len(traces) == 1
+
+
+@needs_numba
+@pytest.mark.parametrize("convert", [dict, as_bits])
+def test_a_decode_row_of_numba_depends_on_no_other_row(convert):
+    together = convert(tiny_args(tiny(BATCHES["decode only"])))
+    row = 2
+    alone = {**together, "kv_lens": jnp.zeros_like(together["kv_lens"]).at[0].set(together["kv_lens"][row])}
+    alone["page_indices"] = jnp.roll(together["page_indices"], -row, axis=0)
+    alone["q"] = jnp.roll(together["q"], -row, axis=0)
+    alone["cu_q_lens"] = jnp.minimum(together["cu_q_lens"], 1)
+    alone["num_decode"] = jnp.ones_like(together["num_decode"])
+    np.testing.assert_array_equal(attend(alone, "numba")[0], attend(together, "numba")[row])
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.uint16])
+def test_a_step_with_numba_copies_no_cache(dtype):
+    spec = tiny(BATCHES["decode only"])
+    shapes = jax.eval_shape(lambda: make_args(spec, jnp.float32, num_layers=NUM_LAYERS))
+    cache = jax.ShapeDtypeStruct((NUM_LAYERS, 1 << 12, *shapes["k_pages"].shape[2:]), dtype)
+    shapes |= {"k_pages": cache, "v_pages": cache}
+
+    def step(args):
+        for layer in range(NUM_LAYERS):
+            new = args["q"][: spec.num_rows, : spec.num_kv_heads].astype(dtype)
+            place = (layer, args["page_indices"][:, 0], slice(None), args["kv_lens"] % spec.page_size)
+            args = {**args, **{x: args[x].at[place].set(new, mode="drop") for x in ("k_pages", "v_pages")}}
+            args["q"] = api.paged_attention(layer=layer, implementation="numba", **args)
+        return args
+
+    compiled = jax.jit(step, donate_argnums=0).lower(shapes).compile()
+    cache_shape = f"[{','.join(map(str, cache.shape))}]"
+    assert compiled.memory_analysis().temp_size_in_bytes < cache.size
+    assert not [line for line in compiled.as_text().splitlines() if cache_shape in line and " copy(" in line]
 
 
 def temp_bytes(implementation: str, spec: ArgSpec, dtype, num_pages: int) -> int:
@@ -207,7 +270,7 @@ def test_layers_of_a_step_share_the_work_list():
 
 def test_an_unknown_implementation_is_refused():
     args = tiny_args(tiny(BATCHES["decode only"]))
-    with pytest.raises(NotImplementedError, match="'cuda' is none of 'reference', 'xla'"):
+    with pytest.raises(NotImplementedError, match="'cuda' is none of 'numba', 'reference', 'xla'"):
         api.paged_attention(layer=0, implementation="cuda", **args)
 
 
@@ -229,6 +292,43 @@ def test_an_empty_tile_is_refused(field):
         xla.Config(**{field: 0})
 
 
-def test_none_is_the_fast_path():
-    args = tiny_args(tiny(BATCHES["decode then prefill"]))
+@needs_numba
+@pytest.mark.parametrize("convert", [dict, as_bits])
+def test_none_is_numba_where_it_can_run(convert):
+    args = convert(tiny_args(tiny(BATCHES["decode then prefill"])))
+    np.testing.assert_array_equal(attend(args, None), attend(args, "numba"))
+
+
+def numba_calls(args: dict) -> int:
+    """Calls of numba's code in the program that None makes of `args`."""
+    call = jax.jit(lambda args: api.paged_attention(layer=LAYER, **args))
+    return call.lower(args).as_text().count("paged_decode")
+
+
+def test_none_is_xla_where_numba_cannot_read_the_pages():
+    args = tiny_args(tiny(BATCHES["decode then prefill"]), kv_dtype=jnp.bfloat16)
+    assert numba_calls(args) == 0
     np.testing.assert_array_equal(attend(args, None), attend(args, "xla"))
+
+
+def test_none_is_xla_where_numba_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    args = tiny_args(tiny(BATCHES["decode only"]))
+    assert numba_calls(args) == 0
+    with pytest.raises(NotImplementedError, match="'numba' needs the package numba, which is not installed"):
+        api.paged_attention(layer=LAYER, implementation="numba", **args)
+
+
+def test_none_is_xla_on_other_platforms(monkeypatch):
+    args = tiny_args(tiny(BATCHES["decode only"]))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert numba_calls(args) == 0
+    with pytest.raises(NotImplementedError, match="'numba' runs on 'cpu', not on 'gpu'"):
+        api.paged_attention(layer=LAYER, implementation="numba", **args)
+
+
+@needs_numba
+def test_pages_that_numba_cannot_read_are_refused():
+    args = tiny_args(tiny(BATCHES["decode only"]), kv_dtype=jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"not in \('bfloat16', 'bfloat16'\)"):
+        api.paged_attention(layer=LAYER, implementation="numba", **args)

@@ -35,7 +35,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         limits = {
             "temperature": (math.isfinite(self.temperature) and self.temperature >= 0, "finite and >= 0"),
-            "top_k": (self.top_k >= 0, ">= 0 (0 is off)"),
+            "top_k": (0 <= self.top_k < 2**31, "in [0, 2**31) (0 is off)"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "seed": (0 <= self.seed < 2**32, "in [0, 2**32)"),
             "max_tokens": (self.max_tokens >= 1, ">= 1"),

@@ -1,7 +1,9 @@
 """What does paged attention promise, and which implementation keeps the promise here?"""
 
+import importlib.util
 import math
 
+import jax
 from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.paged_attention import reference, xla
@@ -37,14 +39,15 @@ def paged_attention(
       cu_q_lens: prefix sum of query tokens; tokens from `cu_q_lens[-1]` on are padding.
       num_decode: at most min(R, T).
       sm_scale: factor on the scores; 1 / sqrt(h) if None.
-      implementation: None is the best one for the platform.
+      implementation: None is the best one for the default platform: "numba" on a CPU for pages of uint16 or float32
+        where numba is installed, else "xla".
 
     Returns:
       Weighted values in the dtype of `q`, accumulated in float32; 0 for padding tokens.
 
     Raises:
       ValueError: H is no multiple of K, or `layer` is not in [0, L).
-      NotImplementedError: the implementation named does not exist.
+      NotImplementedError: the implementation named does not exist, or cannot run here or on these dtypes.
     """
     num_heads, head_dim = q.shape[1:]
     num_layers, _, num_kv_heads = k_pages.shape[:3]
@@ -52,12 +55,34 @@ def paged_attention(
         raise ValueError(f"H={num_heads} query heads are no multiple of K={num_kv_heads} KV heads")
     if not 0 <= layer < num_layers:
         raise ValueError(f"layer={layer} is not in [0, {num_layers})")
+    if implementation is None:
+        implementation = "xla" if _why_not_numba(k_pages, v_pages) else "numba"
     match implementation:
-        case None | "xla":
+        case "xla":
             attend = xla.paged_attention
+        case "numba":
+            reason = _why_not_numba(k_pages, v_pages)
+            if reason is not None:
+                raise NotImplementedError(f"implementation='numba' {reason}")
+            from pallas_kernels.paged_attention import numba_cpu  # takes a second: only where it is used
+
+            attend = numba_cpu.paged_attention
         case "reference":
             attend = reference.paged_attention
         case _:
-            raise NotImplementedError(f"implementation={implementation!r} is none of 'reference', 'xla'")
+            raise NotImplementedError(f"implementation={implementation!r} is none of 'numba', 'reference', 'xla'")
     scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
     return attend(q, k_pages, v_pages, layer, kv_lens, page_indices, cu_q_lens, num_decode, sm_scale=scale)
+
+
+def _why_not_numba(k_pages, v_pages) -> str | None:
+    """What keeps `numba_cpu` from the call, None if nothing does."""
+    platform = jax.default_backend()
+    if platform != "cpu":
+        return f"runs on 'cpu', not on {platform!r}"
+    if importlib.util.find_spec("numba") is None:
+        return "needs the package numba, which is not installed"
+    dtypes = (k_pages.dtype.name, v_pages.dtype.name)
+    if dtypes not in (("uint16", "uint16"), ("float32", "float32")):
+        return f"reads keys and values both in uint16 (the bits of bfloat16) or both in float32, not in {dtypes}"
+    return None

@@ -1,27 +1,22 @@
-"""How do decode rows read their pages in place on a CPU?
+"""How does attention read pages in place on a CPU?
 
 XLA for CPUs has no loop that reads a page where it lies: it gathers pages into a buffer first.  Here Python functions
 that numba compiles to machine code do, and XLA calls them as typed FFI handlers from inside its program; no Python runs
-then.  One call takes a share of the rows, so that XLA may spread the calls over its threads.  Chunks go to `xla.py`.
+then.
 """
 
 import functools
-import os
+import math
 import typing
 
 import jax
 import jax.numpy as jnp
+import llvmlite.ir
 import numba
+import numba.core.cgutils
 import numba.extending
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt16
-
-from pallas_kernels.paged_attention import xla
-
-# XLA runs custom calls on another thread only where more than 8 are ready to run, and then hands over half of them.
-SHARES_PER_CORE = 8
-MAX_CORES = 8
-TOKENS_AT_ONCE = 4  # keys or values that share one pass over a query or a sum
 
 
 def paged_attention(
@@ -36,74 +31,22 @@ def paged_attention(
     *,
     sm_scale: float,
 ) -> Float[Array, "T H h"]:
-    """Attention as `api.paged_attention` defines it; products and sums of decode rows in float32.
+    """Attention as `api.paged_attention` defines it; products and sums in float32.
 
-    The result of a decode row depends on that row alone, to the last bit.
-
-    Raises:
-      NotImplementedError: see `why_not`.
+    Pages of uint16 or float32, for a CPU.  Every token is a row of its own to the kernel: a token of a chunk reads the chunk's
+    pages again, out of the cores' caches.  Its result depends on that token's row alone, to the last bit.
     """
-    reason = why_not(q, k_pages, v_pages)
-    if reason is not None:
-        raise NotImplementedError(f"implementation='numba' {reason}")
-    is_decode = jnp.arange(kv_lens.shape[0]) < num_decode
-    decoded = _decode(q, k_pages, v_pages, layer, jnp.where(is_decode, kv_lens, 0), page_indices, sm_scale)
-    # Decode rows without keys cost the other implementation nothing.
-    kv_lens = jnp.where(is_decode, 0, kv_lens)
-    out = xla.paged_attention(
-        q, k_pages, v_pages, layer, kv_lens, page_indices, cu_q_lens, num_decode, sm_scale=sm_scale
-    )
-    is_token_of_decode = (jnp.arange(q.shape[0]) < num_decode)[:, None, None]
-    decoded = jnp.pad(decoded, ((0, q.shape[0] - decoded.shape[0]), (0, 0), (0, 0)))
-    return jnp.where(is_token_of_decode, decoded.astype(q.dtype), out)
-
-
-def why_not(q, k_pages, v_pages) -> str | None:
-    """What keeps this implementation from a call, None if nothing does."""
-    platform = jax.default_backend()
-    if platform != "cpu":
-        return f"runs on 'cpu', not on {platform!r}"
-    for pages in (k_pages, v_pages):
-        if pages.dtype not in (jnp.uint16, jnp.float32):
-            return f"reads pages of uint16 (the bits of bfloat16) or float32, not {pages.dtype.name}"
-    if k_pages.dtype != v_pages.dtype:
-        return f"reads keys and values of one dtype, not {k_pages.dtype.name} and {v_pages.dtype.name}"
-    return None
-
-
-def _num_shares():
-    return SHARES_PER_CORE * min(MAX_CORES, os.cpu_count() or 1)
-
-
-def _decode(q, k_pages, v_pages, layer, kv_lens, page_indices, sm_scale):
-    """Output of the rows with `kv_lens` > 0, 0 for the others: float32 [min(R, T) H h]."""
+    del num_decode
     num_tokens, num_heads, head_dim = q.shape
-    capacity = min(kv_lens.shape[0], num_tokens)
-    num_shares = min(_num_shares(), capacity)
-    rows, place = _deal(kv_lens[:capacity], num_shares)
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    row = jnp.searchsorted(cu_q_lens[1:], token, side="right", method="compare_all")
+    row = jnp.minimum(row, kv_lens.shape[0] - 1)
+    num_visible = jnp.where(token < cu_q_lens[-1], kv_lens[row] - cu_q_lens[row + 1] + token + 1, 0)
     target = _register(k_pages.dtype.name, head_dim, num_heads // k_pages.shape[2])
-    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((rows.shape[1], num_heads, head_dim), jnp.float32))
-    operands = (q.astype(jnp.float32), k_pages, v_pages, kv_lens, page_indices, rows)
-    attributes = {"layer": np.int64(layer), "scale": np.float32(sm_scale)}
-    outs = [call(*operands, **attributes, share=np.int64(share)) for share in range(num_shares)]
-    return jnp.concatenate(outs)[place]
-
-
-def _deal(kv_lens, num_shares):
-    """Deals rows out to shares, the longest first, back and forth: rows [shares each], -1 for none; place [R] undoes it.
-
-    Only lengths enter, so that XLA does this once for all layers of a step.
-    """
-    num_rows = kv_lens.shape[0]
-    each = -(-num_rows // num_shares)
-    order = jnp.argsort(-kv_lens).astype(jnp.int32)
-    rows = jnp.pad(order, (0, each * num_shares - num_rows), constant_values=-1).reshape(each, num_shares)
-    rows = jnp.where(jnp.arange(each)[:, None] % 2, rows[:, ::-1], rows)
-    # XLA hands over halves of the calls in their order: let neighbours by length be in different halves.
-    rows = jnp.concatenate([rows[:, ::2], rows[:, 1::2]], axis=1).T
-    slots = jnp.arange(rows.size, dtype=jnp.int32).reshape(rows.shape)
-    place = jnp.zeros(num_rows, jnp.int32).at[jnp.where(rows < 0, num_rows, rows)].set(slots, mode="drop")
-    return rows, place
+    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(q.shape, jnp.float32))
+    query = q.astype(jnp.float32) * jnp.float32(sm_scale)
+    out = call(query, k_pages, v_pages, num_visible, page_indices[row], layer=np.int64(layer))
+    return out.astype(q.dtype)
 
 
 @functools.cache
@@ -147,111 +90,199 @@ API_VERSION = 1 << 32  # minor version 1 in the high half, major version 0 in th
 
 @numba.njit(forceinline=True)
 @typing.no_type_check
-def _tail(floats, start):
-    return _array(floats.ctypes.data + 4 * start, np.float32, floats.size - start)
-
-
-@numba.njit(forceinline=True)
-@typing.no_type_check
 def _exp(x):
-    """e**x for x <= 0, within 2 units in the last place, of instructions that exist for vectors."""
+    """e**x for x <= 0 within 2 units in the last place (Cephes expf), of instructions that exist for vectors."""
     x = max(x, np.float32(-87.0))
     n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
     y = np.float32(1.9875691500e-4)
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
-        y = y * r + np.float32(c)
+    y = y * r + np.float32(1.3981999507e-3)
+    y = y * r + np.float32(8.3334519073e-3)
+    y = y * r + np.float32(4.1665795894e-2)
+    y = y * r + np.float32(1.6666665459e-1)
+    y = y * r + np.float32(5.0000001201e-1)
+    y = y * r * r + r + np.float32(1.0)
     return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@numba.njit(fastmath={"nnan", "nsz", "reassoc"}, forceinline=True)
+@typing.no_type_check
+def _peak(scores, size):
+    peak = scores[0]
+    for s in range(size):
+        peak = max(peak, scores[s])
+    return peak
+
+
+@numba.njit(fastmath={"contract", "reassoc"}, forceinline=True)
+@typing.no_type_check
+def _exponentiate(scores, size):
+    """Replaces scores by their distance to the highest, exponentiated; returns the sum."""
+    peak = _peak(scores, size)
+    total = np.float32(0)
+    for s in range(size):
+        scores[s] = _exp(scores[s] - peak)
+        total += scores[s]
+    return total
+
+
+FLOAT, INT64 = llvmlite.ir.FloatType(), llvmlite.ir.IntType(64)
+MAX_SUMS = 16  # vectors that a tile of products adds up in registers
+
+
+@typing.no_type_check
+class _Emitter:
+    """Writes vector instructions for rows of `head_dim` elements; addresses are int64, offsets count elements."""
+
+    def __init__(self, builder, dtype, head_dim):
+        self.builder = builder
+        self.is_bits = dtype == np.uint16
+        self.lanes = math.gcd(head_dim, 16)
+        self.floats = llvmlite.ir.VectorType(FLOAT, self.lanes)
+
+    def at(self, address, offset, itemsize, element):
+        b = self.builder
+        offset = offset if isinstance(offset, llvmlite.ir.Value) else INT64(offset)
+        return b.inttoptr(b.add(address, b.mul(offset, INT64(itemsize))), element.as_pointer())
+
+    def load(self, address, offset):
+        """A vector of float32."""
+        return self.builder.load(self.at(address, offset, 4, self.floats), align=4)
+
+    def load_page(self, address, offset):
+        """A vector of page elements as float32."""
+        if not self.is_bits:
+            return self.load(address, offset)
+        b = self.builder
+        words = llvmlite.ir.VectorType(llvmlite.ir.IntType(32), self.lanes)
+        bits = llvmlite.ir.VectorType(llvmlite.ir.IntType(16), self.lanes)
+        wide = b.zext(b.load(self.at(address, offset, 2, bits), align=2), words)
+        return b.bitcast(b.shl(wide, words([16] * self.lanes)), self.floats)
+
+    def store(self, value, address, offset):
+        self.builder.store(value, self.at(address, offset, 4, value.type), align=4)
+
+    def multiply_add(self, a, b, c):
+        """a * b + c in one instruction where there is one."""
+        return self.builder.fadd(self.builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+    def splat(self, address, offset):
+        """One float32 in all lanes."""
+        b, word = self.builder, llvmlite.ir.IntType(32)
+        value = b.load(self.at(address, offset, 4, FLOAT), align=4)
+        first = b.insert_element(llvmlite.ir.Constant(self.floats, llvmlite.ir.Undefined), value, word(0))
+        lanes = llvmlite.ir.VectorType(word, self.lanes)([0] * self.lanes)
+        return b.shuffle_vector(first, first, lanes)
+
+    def sums(self, vectors):
+        """The sum of each vector's lanes, side by side in one vector.  Halves are added first, of two vectors at once."""
+        b, word = self.builder, llvmlite.ir.IntType(32)
+        lanes = self.lanes  # that one of the sums is spread over
+        while lanes > 1:
+            pairs = list(zip(vectors[::2], vectors[1::2], strict=True)) if len(vectors) > 1 else [(vectors[0],) * 2]
+            starts = range(0, vectors[0].type.count * min(2, len(vectors)), lanes)
+            lanes //= 2
+            low, high = (
+                [i for start in starts for i in range(start + offset, start + offset + lanes)] for offset in (0, lanes)
+            )
+            places = llvmlite.ir.VectorType(word, len(low))
+            vectors = [
+                b.fadd(b.shuffle_vector(x, y, places(low)), b.shuffle_vector(x, y, places(high))) for x, y in pairs
+            ]
+        return vectors[0]
+
+
+@numba.extending.intrinsic
+@typing.no_type_check
+def _prefetch_line(typing_context, address):
+    """Starts to bring the 64 bytes at the int64 `address` near."""
+
+    def generate(context, builder, signature, arguments):
+        byte, word = llvmlite.ir.IntType(8).as_pointer(), llvmlite.ir.IntType(32)
+        function_type = llvmlite.ir.FunctionType(llvmlite.ir.VoidType(), (byte, word, word, word))
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (byte,), function_type)
+        read, keep, data = word(0), word(3), word(1)
+        builder.call(prefetch, (builder.inttoptr(arguments[0], byte), read, keep, data))
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.int64), generate
+
+
+@numba.njit(forceinline=True)
+@typing.no_type_check
+def _prefetch(address, num_bytes):
+    for offset in range(0, num_bytes, 64):
+        _prefetch_line(address + offset)
+
+
+@typing.no_type_check
+def _make_scores(dtype, head_dim, group, num_keys):
+    """scores[g, s] = query[g] . keys[s] for `num_keys` keys; rows of scores lie `stride` apart."""
+
+    @numba.extending.intrinsic
+    def scores(typing_context, query, keys, out, stride):
+        def generate(context, builder, signature, arguments):
+            query, keys, out, stride = arguments
+            e = _Emitter(builder, dtype, head_dim)
+            sums = {}
+            for d in range(0, head_dim, e.lanes):
+                vectors = [e.load_page(keys, s * head_dim + d) for s in range(num_keys)]
+                for g in range(group):
+                    q = e.load(query, g * head_dim + d)
+                    for s in range(num_keys):
+                        old = sums.get((g, s))
+                        sums[g, s] = builder.fmul(q, vectors[s]) if old is None else e.multiply_add(q, vectors[s], old)
+            for g in range(group):
+                e.store(e.sums([sums[g, s] for s in range(num_keys)]), out, builder.mul(stride, INT64(g)))
+            return context.get_dummy_value()
+
+        return numba.types.void(*(numba.types.int64,) * 4), generate
+
+    return scores
+
+
+@typing.no_type_check
+def _make_add(dtype, head_dim, group):
+    """acc[g] += sum_s weights[g, s] values[s]; rows of weights lie `stride` apart."""
+
+    @numba.extending.intrinsic
+    def add(typing_context, weights, stride, values, num_values, acc):
+        def generate(context, builder, signature, arguments):
+            weights, stride, values, num_values, acc = arguments
+            e = _Emitter(builder, dtype, head_dim)
+            width = e.lanes * max(1, MAX_SUMS // group)
+            for first in range(0, head_dim, width):
+                places = [(g, d) for d in range(first, min(first + width, head_dim), e.lanes) for g in range(group)]
+                sums = {}
+                for g, d in places:
+                    sums[g, d] = numba.core.cgutils.alloca_once(builder, e.floats)
+                    builder.store(e.load(acc, g * head_dim + d), sums[g, d])
+                with numba.core.cgutils.for_range(builder, num_values) as loop:
+                    s = loop.index
+                    weight = [e.splat(weights, builder.add(builder.mul(stride, INT64(g)), s)) for g in range(group)]
+                    row = builder.mul(s, INT64(head_dim))
+                    for d in sorted({d for _, d in places}):
+                        vector = e.load_page(values, builder.add(row, INT64(d)))
+                        for g in range(group):
+                            old = builder.load(sums[g, d])
+                            builder.store(e.multiply_add(weight[g], vector, old), sums[g, d])
+                for g, d in places:
+                    e.store(builder.load(sums[g, d]), acc, g * head_dim + d)
+            return context.get_dummy_value()
+
+        return numba.types.void(*(numba.types.int64,) * 5), generate
+
+    return add
 
 
 @typing.no_type_check
 def _make_handler(dtype, head_dim, group):
     """The handler: `group` and `head_dim` are constants to the compiler, all other sizes come with the call."""
-    fast = numba.njit(fastmath={"reassoc", "contract"}, forceinline=True, error_model="numpy")
-    is_bits = dtype == np.uint16
-    step = TOKENS_AT_ONCE
-    element, dtype_bytes = (np.uint16, 2) if is_bits else (np.float32, 4)
-
-    if is_bits:
-
-        @numba.njit(forceinline=True)
-        def to_float(x):
-            return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
-    else:
-
-        @numba.njit(forceinline=True)
-        def to_float(x):
-            return x
-
-    @fast
-    def widen(page, num_tokens, buffer):
-        for i in range(num_tokens * head_dim):
-            buffer[i] = to_float(page[i])
-
-    @fast
-    def score(query, keys, num_tokens, scores, stride):
-        """scores[g, s] = query[g] . keys[s]"""
-        for g in range(group):
-            q = _array(query.ctypes.data + 4 * g * head_dim, np.float32, head_dim)
-            for s in range(0, num_tokens - num_tokens % step, step):
-                s0 = s1 = s2 = s3 = np.float32(0)
-                for d in range(head_dim):
-                    s0 += q[d] * keys[s * head_dim + d]
-                    s1 += q[d] * keys[(s + 1) * head_dim + d]
-                    s2 += q[d] * keys[(s + 2) * head_dim + d]
-                    s3 += q[d] * keys[(s + 3) * head_dim + d]
-                scores[g * stride + s] = s0
-                scores[g * stride + s + 1] = s1
-                scores[g * stride + s + 2] = s2
-                scores[g * stride + s + 3] = s3
-            for s in range(num_tokens - num_tokens % step, num_tokens):
-                s0 = np.float32(0)
-                for d in range(head_dim):
-                    s0 += q[d] * keys[s * head_dim + d]
-                scores[g * stride + s] = s0
-
-    @fast
-    def add(weights, stride, values, num_tokens, acc):
-        """acc[g] += sum_s weights[g, s] values[s]"""
-        for g in range(group):
-            for s in range(0, num_tokens - num_tokens % step, step):
-                w0 = weights[g * stride + s]
-                w1 = weights[g * stride + s + 1]
-                w2 = weights[g * stride + s + 2]
-                w3 = weights[g * stride + s + 3]
-                for d in range(head_dim):
-                    acc[g * head_dim + d] += (
-                        w0 * values[s * head_dim + d]
-                        + w1 * values[(s + 1) * head_dim + d]
-                        + w2 * values[(s + 2) * head_dim + d]
-                        + w3 * values[(s + 3) * head_dim + d]
-                    )
-            for s in range(num_tokens - num_tokens % step, num_tokens):
-                w0 = weights[g * stride + s]
-                for d in range(head_dim):
-                    acc[g * head_dim + d] += w0 * values[s * head_dim + d]
-
-    @numba.njit(fastmath={"nnan", "nsz", "reassoc"}, forceinline=True)
-    def peak_of(scores, size):
-        peak = scores[0]
-        for s in range(size):
-            peak = max(peak, scores[s])
-        return peak
-
-    @fast
-    def softmax(scores, size, scale):
-        """Replaces scores by exp(scale (score - peak)); returns their sum."""
-        peak = peak_of(scores, size)
-        if scale < 0:
-            for s in range(size):
-                scores[s] = -scores[s]
-            peak = peak_of(scores, size)
-            scale = -scale
-        total = np.float32(0)
-        for s in range(size):
-            scores[s] = _exp((scores[s] - peak) * scale)
-            total += scores[s]
-        return total
+    itemsize = dtype.itemsize
+    num_keys = min(4, math.gcd(head_dim, 16), 1 << (max(1, MAX_SUMS // group).bit_length() - 1))  # a power of 2
+    scores_of_keys = _make_scores(dtype, head_dim, group, num_keys)
+    scores_of_key = _make_scores(dtype, head_dim, group, 1)
+    add = _make_add(dtype, head_dim, group)
 
     @numba.cfunc(numba.types.int64(numba.types.CPointer(numba.types.int64)), error_model="numpy")
     def handler(frame):
@@ -262,11 +293,8 @@ def _make_handler(dtype, head_dim, group):
             return 0
         if frame[FRAME_STAGE] & 0xFFFFFFFF != STAGE_EXECUTE:
             return 0
-        args = _array(frame[FRAME_ARGS], np.int64, 6)
-        attrs = _array(frame[FRAME_ATTRS], np.int64, 3)  # sorted by name: layer, scale, share
-        layer = _array(_array(attrs[0], np.int64, 2)[1], np.int64, 1)[0]
-        scale = _array(_array(attrs[1], np.int64, 2)[1], np.float32, 1)[0]
-        share = _array(_array(attrs[2], np.int64, 2)[1], np.int64, 1)[0]
+        args = _array(frame[FRAME_ARGS], np.int64, 5)
+        layer = _array(_array(_array(frame[FRAME_ATTRS], np.int64, 1)[0], np.int64, 2)[1], np.int64, 1)[0]
         q_data = _array(args[0], np.int64, BUFFER_SIZE)[BUFFER_DATA]
         k_data = _array(args[1], np.int64, BUFFER_SIZE)[BUFFER_DATA]
         v_data = _array(args[2], np.int64, BUFFER_SIZE)[BUFFER_DATA]
@@ -275,50 +303,54 @@ def _make_handler(dtype, head_dim, group):
         table_dims = _array(_array(args[4], np.int64, BUFFER_SIZE)[BUFFER_DIMS], np.int64, 2)
         kv_lens = _array(_array(args[3], np.int64, BUFFER_SIZE)[BUFFER_DATA], np.int32, table_dims[0])
         table = _array(_array(args[4], np.int64, BUFFER_SIZE)[BUFFER_DATA], np.int32, table_dims[0] * table_dims[1])
-        each = _array(_array(args[5], np.int64, BUFFER_SIZE)[BUFFER_DIMS], np.int64, 2)[1]
-        rows = _array(_array(args[5], np.int64, BUFFER_SIZE)[BUFFER_DATA] + 4 * share * each, np.int32, each)
-        rets = _array(frame[FRAME_RETS], np.int64, 1)
-        out_data = _array(rets[0], np.int64, BUFFER_SIZE)[BUFFER_DATA]
+        out = _array(frame[FRAME_RETS], np.int64, 1)[0]
+        num_rows = _array(_array(out, np.int64, BUFFER_SIZE)[BUFFER_DIMS], np.int64, 3)[0]
+        out_data = _array(out, np.int64, BUFFER_SIZE)[BUFFER_DATA]
 
-        head = page_size * head_dim  # elements of one KV head in a page
-        row_size = num_kv_heads * group * head_dim
-        longest = 0
-        for i in range(each):
-            if rows[i] >= 0:
-                longest = max(longest, kv_lens[rows[i]])
-        stride = np.int64(longest)
-        scores = np.empty(num_kv_heads * group * stride, np.float32)
-        buffer = np.empty(head, np.float32)
-        for i in range(each):
-            row = np.int64(rows[i])
-            acc = _array(out_data + 4 * i * row_size, np.float32, row_size)
+        num_heads = num_kv_heads * group
+        stride = np.int64(0)  # tokens of the longest row
+        for row in range(num_rows):
+            stride = max(stride, np.int64(kv_lens[row]))
+        weights = np.empty(num_heads * stride, np.float32)
+        block = page_size * head_dim * itemsize  # bytes of one KV head in a page
+        per_head = 4 * group * head_dim  # bytes of the queries, or of the sums, of one KV head
+        for row in range(num_rows):
+            acc = _array(out_data + row * num_kv_heads * per_head, np.float32, num_heads * head_dim)
             acc[:] = 0
-            kv_len = np.int64(0) if row < 0 else np.int64(kv_lens[row])
+            kv_len = np.int64(kv_lens[row])
             if kv_len == 0:
                 continue
             num_used = (kv_len + page_size - 1) // page_size
             for j in range(num_used):
                 num_tokens = min(page_size, kv_len - j * page_size)
-                page = (layer * num_pages + table[row * table_dims[1] + j]) * num_kv_heads
+                page = (layer * num_pages + table[row * table_dims[1] + j]) * num_kv_heads * block
+                following = table[row * table_dims[1] + min(j + 1, num_used - 1)]
+                coming = (layer * num_pages + following) * num_kv_heads * block
                 for k in range(num_kv_heads):
-                    keys = _array(k_data + (page + k) * head * dtype_bytes, element, head)
-                    widen(keys, num_tokens, buffer)
-                    query = _array(q_data + 4 * (row * row_size + k * group * head_dim), np.float32, group * head_dim)
-                    start = k * group * stride + j * page_size
-                    score(query, buffer, num_tokens, _tail(scores, start), stride)
-            for m in range(num_kv_heads * group):
-                of_head = _tail(scores, m * stride)
-                total = softmax(of_head, kv_len, scale)
-                for s in range(kv_len):
-                    of_head[s] /= total
+                    _prefetch(k_data + coming + k * block, block)
+                    query = q_data + (row * num_kv_heads + k) * per_head
+                    keys = k_data + page + k * block
+                    scores = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
+                    for s in range(0, num_tokens - num_keys + 1, num_keys):
+                        scores_of_keys(query, keys + s * head_dim * itemsize, scores + 4 * s, stride)
+                    for s in range(num_tokens - num_tokens % num_keys, num_tokens):
+                        scores_of_key(query, keys + s * head_dim * itemsize, scores + 4 * s, stride)
+            totals = np.empty(num_heads, np.float32)
+            for m in range(num_heads):
+                totals[m] = _exponentiate(_array(weights.ctypes.data + 4 * m * stride, np.float32, kv_len), kv_len)
             for j in range(num_used):
                 num_tokens = min(page_size, kv_len - j * page_size)
-                page = (layer * num_pages + table[row * table_dims[1] + j]) * num_kv_heads
+                page = (layer * num_pages + table[row * table_dims[1] + j]) * num_kv_heads * block
+                following = table[row * table_dims[1] + min(j + 1, num_used - 1)]
+                coming = (layer * num_pages + following) * num_kv_heads * block
                 for k in range(num_kv_heads):
-                    values = _array(v_data + (page + k) * head * dtype_bytes, element, head)
-                    widen(values, num_tokens, buffer)
-                    start = k * group * stride + j * page_size
-                    add(_tail(scores, start), stride, buffer, num_tokens, _tail(acc, k * group * head_dim))
+                    _prefetch(v_data + coming + k * block, block)
+                    of_page = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
+                    sums = out_data + (row * num_kv_heads + k) * per_head
+                    add(of_page, stride, v_data + page + k * block, num_tokens, sums)
+            for m in range(num_heads):
+                for d in range(head_dim):
+                    acc[m * head_dim + d] /= totals[m]
         return 0
 
     return handler

@@ -11,7 +11,7 @@ run: $(VENV)/run.done
 	$(VENV)/bin/python -m experiments.offline_throughput
 
 test: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest -n auto $(PYTEST_ARGS)
 
 figures: $(VENV)/run.done
 	$(VENV)/bin/python -m experiments.online_latency

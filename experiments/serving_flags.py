@@ -52,7 +52,7 @@ def define(values: flags.FlagValues) -> None:
     enum("priority", "first_come", list(PRIORITIES), "Who is served first.")
     enum("phase_order", PhaseOrder.DECODE_FIRST.value, [order.value for order in PhaseOrder], "Who gets tokens first.")
     enum("batching", Batching.CONTINUOUS.value, [kind.value for kind in Batching], "When requests join the batch.")
-    enum("attention", None, ["reference", "xla"], "Implementation; the platform's best if not given.")
+    enum("attention", None, ["numba", "reference", "xla"], "Implementation; the platform's best if not given.")
     count("expected_output_len", None, "Mean output in tokens, until one is known.")
 
     text("token_budgets", ",".join(map(str, engine.token_budgets)), "Ladder of tokens per step; + for , in a sweep.")

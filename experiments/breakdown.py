@@ -28,8 +28,8 @@ import numpy as np
 from absl import flags
 
 from experiments import serving
-from nanojax import batch, kv_cache, sampling, scheduler
 from nanojax import engine as core
+from nanojax import kv_cache, sampling, scheduler
 from nanojax.batch import RaggedBatch
 from nanojax.config import EngineConfig, ModelConfig
 from nanojax.engine import EngineState
@@ -132,14 +132,7 @@ def schedule(
     config: EngineConfig, policy: Policy, token_budget: int, state: EngineState
 ) -> tuple[RaggedBatch, scheduler.SchedulerState, kv_cache.PagePool]:
     """What a step does besides computing: its batch, and the bookkeeping as if no request ended."""
-    admitted = scheduler.admit(config, policy, state.scheduler, state.pool)
-    plan = scheduler.plan(config, policy, admitted, state.pool, jnp.int32(token_budget))
-    max_new_pages = config.num_slots + token_budget // config.page_size
-    pool = kv_cache.grow(kv_cache.release(state.pool, plan.preempt), plan.new_pages, max_new_pages)
-    packed = batch.pack(
-        plan.order, plan.q_lens, plan.num_decode, admitted.num_computed, state.tokens, pool.page_indices,
-        token_budget=token_budget, page_size=config.page_size, num_pages=config.num_pages,
-    )  # fmt: skip
+    admitted, plan, pool, packed = core.schedule(config, policy, token_budget, state)
     is_sampled = scheduler.samples(admitted, plan)
     return packed, scheduler.commit(admitted, plan, is_sampled, jnp.zeros_like(is_sampled)), pool
 

@@ -19,7 +19,7 @@ from nanojax.batch import RaggedBatch
 from nanojax.config import EngineConfig, ModelConfig
 from nanojax.kv_cache import KVPages, PagePool
 from nanojax.sampling import NO_TOKEN, SamplingState
-from nanojax.scheduler import Policy, SchedulerState
+from nanojax.scheduler import Policy, SchedulerState, StepPlan
 
 Forward = Callable[[Params, KVPages, RaggedBatch], tuple[Float32[Array, "R V"], KVPages]]
 """Logits after each row's last token, and the updated cache."""
@@ -146,16 +146,8 @@ def step(
 
     Any budget is right: it decides how much of the work is done now, never what comes out.
     """
-    admitted = scheduler.admit(config, policy, state.scheduler, state.pool)
-    step_plan = scheduler.plan(config, policy, admitted, state.pool, jnp.int32(token_budget))
-    pool = kv_cache.release(state.pool, step_plan.preempt)
-    pool = kv_cache.grow(pool, step_plan.new_pages, config.num_slots + token_budget // config.page_size)
+    admitted, step_plan, pool, packed = schedule(config, policy, token_budget, state)
     is_sampled = scheduler.samples(admitted, step_plan)
-
-    packed = batch.pack(
-        step_plan.order, step_plan.q_lens, step_plan.num_decode, admitted.num_computed, state.tokens, pool.page_indices,
-        token_budget=token_budget, page_size=config.page_size, num_pages=config.num_pages,
-    )  # fmt: skip
     logits, kv = forward(params, state.kv, packed)
     token, logprob = _sample(state.sampling, packed, logits, is_sampled, admitted.num_tokens)
 
@@ -186,6 +178,21 @@ def step(
         pages_in_use=config.num_pages - pool.num_free,
     )
     return new_state, report
+
+
+def schedule(
+    config: EngineConfig, policy: Policy, token_budget: int, state: EngineState
+) -> tuple[SchedulerState, StepPlan, PagePool, RaggedBatch]:
+    """What a step decides before it computes: who is admitted, who gets tokens and pages, and the batch that comes of it."""
+    admitted = scheduler.admit(config, policy, state.scheduler, state.pool)
+    step_plan = scheduler.plan(config, policy, admitted, state.pool, jnp.int32(token_budget))
+    pool = kv_cache.release(state.pool, step_plan.preempt)
+    pool = kv_cache.grow(pool, step_plan.new_pages, config.num_slots + token_budget // config.page_size)
+    packed = batch.pack(
+        step_plan.order, step_plan.q_lens, step_plan.num_decode, admitted.num_computed, state.tokens, pool.page_indices,
+        token_budget=token_budget, page_size=config.page_size, num_pages=config.num_pages,
+    )  # fmt: skip
+    return admitted, step_plan, pool, packed
 
 
 def run(

@@ -207,19 +207,22 @@ class Engine:
 
         Raises ValueError for the first request that cannot be served, or an id used twice, before any is started.
         """
-        for request in requests:
-            self.check(request)
-        ids = [request.request_id for request in requests]
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"request id {next(i for i in ids if ids.count(i) > 1)!r} is used twice")
+        self._check_all(requests)
         for request in requests:
             self.submit(request)
-        return self._drain(ids, on_event)
+        outputs: dict[str, Output] = {}
+        while self._live:
+            self._poll_into(outputs, on_event)
+        return [outputs[request.request_id] for request in requests]
 
     def replay(
         self, requests: Sequence[Request], on_event: Callable[[Event], None] = lambda event: None
     ) -> list[Output]:
-        """Serves requests that arrive at their `arrival_s`, in real time from now; idle until the next arrival."""
+        """Serves requests that arrive at their `arrival_s`, in real time from now; idle until the next arrival.
+
+        Raises ValueError as `generate` does, before any is started.
+        """
+        self._check_all(requests)
         start = self._clock()
         waiting = collections.deque(sorted(requests, key=lambda request: request.arrival_s))
         outputs: dict[str, Output] = {}
@@ -228,10 +231,7 @@ class Engine:
                 self.submit(waiting.popleft())
             if not self._live:
                 time.sleep(max(0.0, min(0.01, waiting[0].arrival_s - (self._clock() - start))))
-            for event in self.poll():
-                on_event(event)
-                if event.output is not None:
-                    outputs[event.request_id] = event.output
+            self._poll_into(outputs, on_event)
         return [outputs[request.request_id] for request in requests]
 
     def warm_up(self) -> None:
@@ -247,14 +247,19 @@ class Engine:
         """Forgets all records of requests and steps."""
         self.records, self.steps = [], []
 
-    def _drain(self, ids: Sequence[str], on_event: Callable[[Event], None]) -> list[Output]:
-        outputs: dict[str, Output] = {}
-        while self._live:
-            for event in self.poll():
-                on_event(event)
-                if event.output is not None:
-                    outputs[event.request_id] = event.output
-        return [outputs[request_id] for request_id in ids]
+    def _check_all(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.check(request)
+        ids = [request.request_id for request in requests]
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"request id {next(i for i in ids if ids.count(i) > 1)!r} is used twice")
+
+    def _poll_into(self, outputs: dict[str, Output], on_event: Callable[[Event], None]) -> None:
+        """Polls once, tells the news, and collects what is finished."""
+        for event in self.poll():
+            on_event(event)
+            if event.output is not None:
+                outputs[event.request_id] = event.output
 
     def _fill_slots(self) -> None:
         while self._queue and self._free_slots:

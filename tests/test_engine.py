@@ -221,6 +221,8 @@ def test_bad_requests_are_refused_and_harm_nobody(message, tight_engine):
         engine.submit(bad)
     with pytest.raises(ValueError, match=message):
         engine.generate([REQUESTS[1], bad])
+    with pytest.raises(ValueError, match=message):
+        engine.replay([REQUESTS[1], bad])
     assert engine.num_unfinished == 1
     with pytest.raises(ValueError, match="'r0': a request with this id is not finished yet"):
         engine.submit(REQUESTS[0])

@@ -11,12 +11,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 RANKS = [
     ["nanojax", "nanojax.array_types"],
     ["nanojax.config", "nanojax.hardware", "nanojax.models.layers", "pallas_kernels"],
-    ["nanojax.kv_cache", "nanojax.batch", "nanojax.models", "nanojax.sampling", "nanojax.workload", "nanojax.metrics"],
+    [
+        "nanojax.kv_cache",
+        "nanojax.batch",
+        "nanojax.models",
+        "nanojax.sampling",
+        "nanojax.workload",
+        "nanojax.metrics",
+        "nanojax.pipeline.ir",
+    ],
     ["nanojax.scheduler", "nanojax.pipeline", "nanojax.weights"],
     ["nanojax.admission", "nanojax.text_stream"],
-    ["nanojax.engine"],
+    ["nanojax.engine", "nanojax.pipeline.search", "nanojax.pipeline.simulate", "nanojax.pipeline.render"],
     ["nanojax.invariants"],
-    ["nanojax.serve"],
+    ["nanojax.serve", "nanojax.simulate"],
     ["experiments"],
 ]
 FORBIDDEN_NAMES = {"utils", "helpers", "base", "types", "common", "misc"}

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nanojax.array_types import Array, Float
+from pallas_kernels.matmul import matmul
 
 
 class RMSNorm(nnx.Module):
@@ -26,10 +27,5 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, scale: floa
 
 
 def contract(x: Float[Array, "t c"], kernel: Float[Array, "c *out"]) -> Float[Array, "t *out"]:
-    """`x @ kernel`: operands in the kernel's dtype, sums and result in float32.
-
-    With bfloat16 kernels this is about twice as fast as float32 on CPUs with AVX512-BF16; a bfloat16 *result* is not.
-    """
-    return jax.lax.dot_general(
-        x.astype(kernel.dtype), kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    """`x @ kernel`: operands in the kernel's dtype, sums and result in float32."""
+    return matmul(x, kernel.reshape(kernel.shape[0], -1)).reshape(x.shape[0], *kernel.shape[1:])

@@ -1,0 +1,62 @@
+"""What does the matrix product of activations and weights promise, and which implementation keeps the promise here?"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+PANEL = 32
+"""Columns must be a multiple of this for "numba"."""
+
+
+def matmul(
+    x: Float[Array, "t c"], kernel: Float[Array, "c f"], *, implementation: str | None = None
+) -> Float32[Array, "t f"]:
+    """`x @ kernel`: operands in the kernel's dtype, sums and result in float32.
+
+    Args:
+      implementation: None is the best one for the default platform: "numba" on a CPU with AVX512-BF16 for bfloat16 kernels
+        of an even number of rows and a multiple of 32 columns where numba is installed, else "xla".
+
+    Raises:
+      NotImplementedError: the implementation named does not exist, or cannot run here or on these operands.
+    """
+    if implementation is None:
+        implementation = "xla" if _why_not_numba(kernel) else "numba"
+    x = x.astype(kernel.dtype)
+    match implementation:
+        case "xla":
+            # bfloat16 operands double the rate on CPUs with AVX512-BF16; a bfloat16 result does not.
+            return jax.lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        case "numba":
+            reason = _why_not_numba(kernel)
+            if reason is not None:
+                raise NotImplementedError(f"implementation='numba' {reason}")
+            from pallas_kernels.matmul import numba_cpu  # takes a second: only where it is used
+
+            return numba_cpu.matmul(x, kernel)
+        case _:
+            raise NotImplementedError(f"implementation={implementation!r} is none of 'numba', 'xla'")
+
+
+def _why_not_numba(kernel) -> str | None:
+    """What keeps `numba_cpu` from the call, None if nothing does."""
+    platform = jax.default_backend()
+    if platform != "cpu":
+        return f"runs on 'cpu', not on {platform!r}"
+    if kernel.dtype != jnp.bfloat16 or kernel.shape[0] % 2 or kernel.shape[1] % PANEL:
+        return f"needs a bfloat16 kernel of [even, multiple of {PANEL}], not {kernel.dtype.name} {list(kernel.shape)}"
+    return _why_not_this_cpu()
+
+
+@functools.cache
+def _why_not_this_cpu() -> str | None:
+    if importlib.util.find_spec("numba") is None:
+        return "needs the package numba, which is not installed"
+    import llvmlite.binding
+
+    if not llvmlite.binding.get_host_cpu_features().get("avx512bf16", False):
+        return "needs a CPU with AVX512-BF16"
+    return None

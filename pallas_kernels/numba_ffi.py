@@ -4,8 +4,9 @@ XLA calls the handler from inside its program with a frame of pointers; no Pytho
 xla/ffi/api/c_api.h, read here as arrays of 8-byte words; they only ever grow at their end.
 """
 
+import pathlib
 import typing
-from collections.abc import Callable
+import zlib
 from typing import Any
 
 import jax
@@ -25,8 +26,16 @@ API_SCHEDULE, API_NUM_THREADS, API_SIZE = 17, 18, 19
 STAGE_EXECUTE = 3
 API_VERSION = 1 << 32  # minor version 1 in the high half, major version 0 in the low half
 
-# Words of the record that the threads of one call share; the job's own arguments follow.
-NEXT, DONE, HOLDERS, NUM_ITEMS, JOB = 0, 8, 16, 24, 25  # the counters lie on cache lines of their own
+# Words of the record that the threads of one call share; the job's own words follow.
+NEXT, DONE, HOLDERS, NUM_ITEMS, ITEMS_PER_TURN, WORK, JOB = (
+    0,
+    8,
+    16,
+    24,
+    25,
+    26,
+    27,
+)  # counters on cache lines of their own
 
 
 @numba.extending.intrinsic
@@ -51,7 +60,7 @@ def array(address, dtype, size):
 @numba.njit(forceinline=True)
 @typing.no_type_check
 def buffer(frame, is_result, index):
-    """The data's address and the dimensions' address of one operand or result."""
+    """The data's address and the dimensions' address of one operand or result; `frame` is the words of the frame."""
     slots = array(frame[FRAME_RETS if is_result else FRAME_ARGS], np.int64, index + 1)
     fields = array(slots[index], np.int64, BUFFER_SIZE)
     return fields[BUFFER_DATA], fields[BUFFER_DIMS]
@@ -127,109 +136,117 @@ _free = _c_function("free", llvmlite.ir.VoidType(), _BYTES)
 
 @numba.extending.intrinsic
 @typing.no_type_check
-def _call(typing_context, function, argument):
-    """Calls the C function at an address with one pointer; returns its pointer, as XLA's functions do (0: no error)."""
+def _call(typing_context, function, arguments):
+    """Calls the function at an address: a tuple of int64 arguments, an int64 result (what a void function leaves is no number)."""
+    arity = len(arguments)
 
-    def generate(context, builder, signature, arguments):
-        function_type = llvmlite.ir.FunctionType(INT64, (INT64,))
-        return builder.call(builder.inttoptr(arguments[0], function_type.as_pointer()), (arguments[1],))
+    def generate(context, builder, signature, values):
+        function_type = llvmlite.ir.FunctionType(INT64, (INT64,) * arity)
+        function = builder.inttoptr(values[0], function_type.as_pointer())
+        return builder.call(function, [builder.extract_value(values[1], i) for i in range(arity)])
 
-    return numba.types.int64(numba.types.int64, numba.types.int64), generate
+    return numba.types.int64(numba.types.int64, numba.types.UniTuple(numba.types.int64, arity)), generate
 
 
-@numba.njit
+@numba.njit(cache=True)
 @typing.no_type_check
-def _num_threads(frame):
-    """Threads of XLA's pool; 1 if there is none."""
-    api = array(frame[FRAME_API], np.int64, API_SIZE)
-    found = np.ones(1, np.int64)
-    request = np.array([32, 0, frame[FRAME_CONTEXT], found.ctypes.data], np.int64)
-    error = _call(api[API_NUM_THREADS], request.ctypes.data)
-    return found[0] if error == 0 else 1
+def _ask_pool(frame, api_word, request, third, fourth):
+    """Calls one of XLA's functions with a request in the 5 words at `request`; False if it says that it cannot."""
+    words = array(request, np.int64, 5)
+    words[0], words[1], words[2], words[3], words[4] = 40, 0, frame[FRAME_CONTEXT], third, fourth
+    return _call(array(frame[FRAME_API], np.int64, API_SIZE)[api_word], (request,)) == 0
 
 
-@numba.njit
+@numba.njit(cache=True)
 @typing.no_type_check
-def _schedule(frame, task, data):
-    """Asks XLA's pool to call `task(data)` at some time; False if it will not."""
-    api = array(frame[FRAME_API], np.int64, API_SIZE)
-    request = np.array([40, 0, frame[FRAME_CONTEXT], task, data], np.int64)
-    return _call(api[API_SCHEDULE], request.ctypes.data) == 0
+def _take_turns(record):
+    """Does items of work, a turn at a time, until none is left."""
+    shared = array(record, np.int64, JOB)
+    num_items, items_per_turn = shared[NUM_ITEMS], shared[ITEMS_PER_TURN]
+    while True:
+        first = _atomic_add(record + 8 * NEXT, items_per_turn)
+        if first >= num_items:
+            break
+        stop = min(first + items_per_turn, num_items)
+        _call(shared[WORK], (record + 8 * JOB, first, stop))
+        _atomic_add(record + 8 * DONE, stop - first)
 
 
+@numba.njit(cache=True)
 @typing.no_type_check
-def make_handler(describe: Callable, work: Callable, num_words: int, items_per_turn: int) -> Any:
-    """A handler whose work is shared by the threads of XLA's pool; pass it to `register`.
+def _let_go(record):
+    """The last holder of the record frees it."""
+    if _atomic_add(record + 8 * HOLDERS, -1) == 1:
+        _free(record)
 
-    `describe(frame, job) -> num_items` fills `job`, an array of `num_words` int64, and says how many independent items of
-    work there are.  `work(job, first, stop)` does some of them.  Both are numba functions.
+
+@numba.cfunc(numba.types.void(numba.types.int64), error_model="numpy", cache=True)
+@typing.no_type_check
+def _task(record):
+    _take_turns(record)
+    _let_go(record)
+
+
+@numba.njit(cache=True)
+@typing.no_type_check
+def _run(frame, describe, work, task, num_words, items_per_turn):
+    """What every handler does, in one stage of a call."""
+    if frame[FRAME_EXTENSION] != 0:  # XLA asks for the version, once
+        metadata = array(frame[FRAME_EXTENSION], np.int64, 4)[EXTENSION_METADATA]
+        array(metadata, np.int64, 4)[METADATA_VERSION] = API_VERSION
+        return
+    if frame[FRAME_STAGE] & 0xFFFFFFFF != STAGE_EXECUTE:
+        return
+    record = _malloc(8 * (JOB + num_words))
+    shared = array(record, np.int64, JOB)
+    request = record + 8 * 17  # words that nobody else uses
+    num_items = _call(describe, (np.int64(frame.ctypes.data), record + 8 * JOB))
+    num_threads = np.int64(1)
+    if _ask_pool(frame, API_NUM_THREADS, request, record + 8 * DONE, 0):
+        num_threads = shared[DONE]
+    num_turns = -(-num_items // items_per_turn)
+    num_tasks = max(min(num_threads, num_turns) - 1, 0)
+    shared[NEXT], shared[DONE], shared[HOLDERS] = 0, 0, num_tasks + 1
+    shared[NUM_ITEMS], shared[ITEMS_PER_TURN], shared[WORK] = num_items, items_per_turn, work
+    for _ in range(num_tasks):
+        if not _ask_pool(frame, API_SCHEDULE, request, task, record):
+            _let_go(record)
+    _take_turns(record)
+    while _atomic_add(record + 8 * DONE, 0) < num_items:
+        pass
+    _let_go(record)
+
+
+Describe = numba.types.int64(numba.types.int64, numba.types.int64)
+"""`describe(frame, job)`: fills the job's words, given the addresses of frame and job; returns the number of items of work."""
+Work = numba.types.void(numba.types.int64, numba.types.int64, numba.types.int64)
+"""`work(job, first, stop)`: does items `first` to `stop`, which no other item depends on."""
+
+
+def register(name: str, describe: Any, work: Any, *, num_words: int, items_per_turn: int) -> None:
+    """Makes the CPU's implementation of the FFI target `name`, its work shared by the threads of XLA's pool.
+
+    `describe` and `work` are numba cfuncs of the signatures `Describe` and `Work`.
 
     The pool promises nothing: a task may start late, after the call is over, or never.  So threads take items in turns from
     a counter, the calling thread takes turns like the others, and waits only for turns that another thread has begun.
     """
-
-    @numba.njit
-    @typing.no_type_check
-    def take_turns(record):
-        shared = array(record, np.int64, JOB + num_words)
-        num_items = shared[NUM_ITEMS]
-        while True:
-            first = _atomic_add(record + 8 * NEXT, items_per_turn)
-            if first >= num_items:
-                break
-            stop = min(first + items_per_turn, num_items)
-            work(shared[JOB:], first, stop)
-            _atomic_add(record + 8 * DONE, stop - first)
-
-    @numba.njit
-    @typing.no_type_check
-    def let_go(record):
-        if _atomic_add(record + 8 * HOLDERS, -1) == 1:
-            _free(record)
-
-    @numba.cfunc(numba.types.void(numba.types.int64), error_model="numpy")
-    @typing.no_type_check
-    def task(record):
-        take_turns(record)
-        let_go(record)
-
-    task_address = np.int64(task.address)
+    describe_at, work_at, task_at = (np.int64(function.address) for function in (describe, work, _task))
 
     @numba.cfunc(numba.types.int64(numba.types.CPointer(numba.types.int64)), error_model="numpy")
     @typing.no_type_check
     def handler(frame):
-        words = numba.carray(frame, (FRAME_SIZE,))
-        if words[FRAME_EXTENSION] != 0:  # XLA asks for the version, once
-            metadata = array(words[FRAME_EXTENSION], np.int64, 4)[EXTENSION_METADATA]
-            array(metadata, np.int64, 4)[METADATA_VERSION] = API_VERSION
-            return 0
-        if words[FRAME_STAGE] & 0xFFFFFFFF != STAGE_EXECUTE:
-            return 0
-        record = _malloc(8 * (JOB + num_words))
-        shared = array(record, np.int64, JOB + num_words)
-        shared[:JOB] = 0
-        num_items = describe(words, shared[JOB:])
-        shared[NUM_ITEMS] = num_items
-        num_turns = -(-num_items // items_per_turn)
-        num_tasks = min(_num_threads(words) - 1, num_turns - 1)
-        shared[HOLDERS] = max(num_tasks, 0) + 1
-        for _ in range(num_tasks):
-            if not _schedule(words, task_address, record):
-                let_go(record)
-        take_turns(record)
-        while _atomic_add(record + 8 * DONE, 0) < num_items:
-            pass
-        let_go(record)
+        _run(numba.carray(frame, (FRAME_SIZE,)), describe_at, work_at, task_at, num_words, items_per_turn)
         return 0
 
-    _KEPT.extend((task, handler))
-    return handler
+    _KEPT.extend((describe, work, handler))
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
 
 
 _KEPT: list[Any] = []
 """Compiled functions that XLA knows by their addresses only."""
 
 
-def register(name: str, handler: Any) -> None:
-    """Makes `handler` the CPU's implementation of the FFI target `name`."""
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
+def fingerprint(*paths: str | None) -> int:
+    """A number that changes with the files: functions that numba keeps on disk refer to it, as numba sees only their own file."""
+    return zlib.crc32(b"".join(pathlib.Path(path).read_bytes() for path in (__file__, *paths) if path))

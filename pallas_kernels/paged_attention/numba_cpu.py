@@ -14,8 +14,19 @@ import numba
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt16
 
-from pallas_kernels.numba_ffi import array, attribute, buffer, make_handler, prefetch, register
-from pallas_kernels.paged_attention.numba_vectors import MAX_SUMS, exponentiate, make_add, make_scores
+from pallas_kernels.numba_ffi import (
+    FRAME_SIZE,
+    Describe,
+    Work,
+    array,
+    attribute,
+    buffer,
+    fingerprint,
+    prefetch,
+    register,
+)
+from pallas_kernels.paged_attention import numba_vectors
+from pallas_kernels.paged_attention.numba_vectors import MAX_SUMS, add_values, exponentiate, scores
 
 ROWS_PER_TURN = 1
 
@@ -54,8 +65,9 @@ def paged_attention(
 def _target(dtype: str, head_dim: int, group: int) -> str:
     """Compiles the handler for pages of a dtype, `group` query heads for each KV head; returns its name for XLA."""
     name = f"paged_attention_{dtype}_h{head_dim}_g{group}"
-    work = _make_rows(np.dtype(dtype), head_dim, group)
-    register(name, make_handler(_describe, work, NUM_WORDS, ROWS_PER_TURN))
+    sources = fingerprint(__file__, numba_vectors.__file__)
+    work = _make_rows(np.dtype(dtype).itemsize, head_dim, group, sources)
+    register(name, _make_describe(sources), work, num_words=NUM_WORDS, items_per_turn=ROWS_PER_TURN)
     return name
 
 
@@ -63,31 +75,33 @@ def _target(dtype: str, head_dim: int, group: int) -> str:
 Q, K_PAGES, V_PAGES, KV_LENS, TABLE, OUT, TABLE_WIDTH, NUM_PAGES, NUM_KV_HEADS, PAGE_SIZE, LAYER, NUM_WORDS = range(12)
 
 
-@numba.njit
 @typing.no_type_check
-def _describe(frame, job):
+def _make_describe(sources):
     """Reads what a call is about off its frame; an item of work is a row."""
-    for word, index in ((Q, 0), (K_PAGES, 1), (V_PAGES, 2), (KV_LENS, 3), (TABLE, 4)):
-        job[word] = buffer(frame, False, index)[0]
-    job[OUT], out_dims = buffer(frame, True, 0)
-    cache_dims = array(buffer(frame, False, 1)[1], np.int64, 5)
-    job[NUM_PAGES], job[NUM_KV_HEADS], job[PAGE_SIZE] = cache_dims[1], cache_dims[2], cache_dims[3]
-    job[TABLE_WIDTH] = array(buffer(frame, False, 4)[1], np.int64, 2)[1]
-    job[LAYER] = attribute(frame, 0)
-    return array(out_dims, np.int64, 3)[0]
+
+    @numba.cfunc(Describe, cache=True)
+    def describe(frame_at, job_at):
+        frame, job = array(frame_at, np.int64, FRAME_SIZE), array(job_at, np.int64, NUM_WORDS + 0 * sources)
+        for word, index in ((Q, 0), (K_PAGES, 1), (V_PAGES, 2), (KV_LENS, 3), (TABLE, 4)):
+            job[word] = buffer(frame, False, index)[0]
+        job[OUT], out_dims = buffer(frame, True, 0)
+        cache_dims = array(buffer(frame, False, 1)[1], np.int64, 5)
+        job[NUM_PAGES], job[NUM_KV_HEADS], job[PAGE_SIZE] = cache_dims[1], cache_dims[2], cache_dims[3]
+        job[TABLE_WIDTH] = array(buffer(frame, False, 4)[1], np.int64, 2)[1]
+        job[LAYER] = attribute(frame, 0)
+        return array(out_dims, np.int64, 3)[0]
+
+    return describe
 
 
 @typing.no_type_check
-def _make_rows(dtype, head_dim, group):
-    """The work: `group` and `head_dim` are constants to the compiler, all other sizes come with the call."""
-    itemsize = dtype.itemsize
+def _make_rows(itemsize, head_dim, group, sources):
+    """The work: `itemsize`, `head_dim` and `group` are constants to the compiler, all other sizes come with the call."""
     num_keys = min(4, math.gcd(head_dim, 16), 1 << (max(1, MAX_SUMS // group).bit_length() - 1))  # a power of 2
-    scores_of_keys = make_scores(dtype, head_dim, group, num_keys)
-    scores_of_key = make_scores(dtype, head_dim, group, 1)
-    add = make_add(dtype, head_dim, group)
 
-    @numba.njit(error_model="numpy")
-    def rows(job, first, stop):
+    @numba.cfunc(Work, error_model="numpy", cache=True)
+    def rows(job_at, first, stop):
+        job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         q_data, k_data, v_data, out_data = job[Q], job[K_PAGES], job[V_PAGES], job[OUT]
         num_pages, num_kv_heads, page_size, width = job[NUM_PAGES], job[NUM_KV_HEADS], job[PAGE_SIZE], job[TABLE_WIDTH]
         layer_page = job[LAYER] * num_pages
@@ -116,11 +130,20 @@ def _make_rows(dtype, head_dim, group):
                     prefetch(k_data + coming + k * block, block)
                     query = q_data + (row * num_kv_heads + k) * per_head
                     keys = k_data + page + k * block
-                    scores = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
+                    out = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
                     for s in range(0, num_tokens - num_keys + 1, num_keys):
-                        scores_of_keys(query, keys + s * head_dim * itemsize, scores + 4 * s, stride)
+                        scores(
+                            query,
+                            keys + s * head_dim * itemsize,
+                            out + 4 * s,
+                            stride,
+                            num_keys,
+                            itemsize,
+                            head_dim,
+                            group,
+                        )
                     for s in range(num_tokens - num_tokens % num_keys, num_tokens):
-                        scores_of_key(query, keys + s * head_dim * itemsize, scores + 4 * s, stride)
+                        scores(query, keys + s * head_dim * itemsize, out + 4 * s, stride, 1, itemsize, head_dim, group)
             for m in range(num_heads):
                 totals[m] = exponentiate(array(weights.ctypes.data + 4 * m * stride, np.float32, kv_len), kv_len)
             for j in range(num_used):
@@ -131,7 +154,8 @@ def _make_rows(dtype, head_dim, group):
                     prefetch(v_data + coming + k * block, block)
                     of_page = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
                     sums = out_data + (row * num_kv_heads + k) * per_head
-                    add(of_page, stride, v_data + page + k * block, num_tokens, sums)
+                    values = v_data + page + k * block
+                    add_values(of_page, stride, values, num_tokens, sums, itemsize, head_dim, group)
             for m in range(num_heads):
                 for d in range(head_dim):
                     acc[m * head_dim + d] /= totals[m]

@@ -58,9 +58,9 @@ def exponentiate(scores, size):
 class _Emitter:
     """Writes vector instructions for rows of `head_dim` elements; addresses are int64, offsets count elements."""
 
-    def __init__(self, builder, dtype, head_dim):
+    def __init__(self, builder, itemsize, head_dim):
         self.builder = builder
-        self.is_bits = dtype == np.uint16
+        self.is_bits = itemsize == 2  # of bfloat16; else float32
         self.lanes = math.gcd(head_dim, 16)
         self.floats = llvmlite.ir.VectorType(FLOAT, self.lanes)
 
@@ -116,61 +116,63 @@ class _Emitter:
         return vectors[0]
 
 
+@numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def make_scores(dtype, head_dim, group, num_keys):
-    """scores[g, s] = query[g] . keys[s] for `num_keys` keys; rows of scores lie `stride` apart."""
+def scores(typing_context, query, keys, out, stride, num_keys, itemsize, head_dim, group):
+    """out[g, s] = query[g] . keys[s] for `num_keys` keys; rows of `out` lie `stride` apart.  The last four are constants."""
+    shape = (num_keys, itemsize, head_dim, group)
+    if not all(isinstance(number, numba.types.IntegerLiteral) for number in shape):
+        return None
 
-    @numba.extending.intrinsic
-    def scores(typing_context, query, keys, out, stride):
-        def generate(context, builder, signature, arguments):
-            query, keys, out, stride = arguments
-            e = _Emitter(builder, dtype, head_dim)
-            sums = {}
-            for d in range(0, head_dim, e.lanes):
-                vectors = [e.load_page(keys, s * head_dim + d) for s in range(num_keys)]
-                for g in range(group):
-                    q = e.load(query, g * head_dim + d)
-                    for s in range(num_keys):
-                        old = sums.get((g, s))
-                        sums[g, s] = builder.fmul(q, vectors[s]) if old is None else e.multiply_add(q, vectors[s], old)
+    def generate(context, builder, signature, arguments):
+        query, keys, out, stride = arguments[:4]
+        num_keys, itemsize, head_dim, group = (number.literal_value for number in shape)
+        e = _Emitter(builder, itemsize, head_dim)
+        sums = {}
+        for d in range(0, head_dim, e.lanes):
+            vectors = [e.load_page(keys, s * head_dim + d) for s in range(num_keys)]
             for g in range(group):
-                e.store(e.sums([sums[g, s] for s in range(num_keys)]), out, builder.mul(stride, INT64(g)))
-            return context.get_dummy_value()
+                q = e.load(query, g * head_dim + d)
+                for s in range(num_keys):
+                    old = sums.get((g, s))
+                    sums[g, s] = builder.fmul(q, vectors[s]) if old is None else e.multiply_add(q, vectors[s], old)
+        for g in range(group):
+            e.store(e.sums([sums[g, s] for s in range(num_keys)]), out, builder.mul(stride, INT64(g)))
+        return context.get_dummy_value()
 
-        return numba.types.void(*(numba.types.int64,) * 4), generate
-
-    return scores
+    return numba.types.void(*(numba.types.int64,) * 4, *shape), generate
 
 
+@numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def make_add(dtype, head_dim, group):
-    """acc[g] += sum_s weights[g, s] values[s]; rows of weights lie `stride` apart."""
+def add_values(typing_context, weights, stride, values, num_values, acc, itemsize, head_dim, group):
+    """acc[g] += sum_s weights[g, s] values[s]; rows of weights lie `stride` apart.  The last three are constants."""
+    shape = (itemsize, head_dim, group)
+    if not all(isinstance(number, numba.types.IntegerLiteral) for number in shape):
+        return None
 
-    @numba.extending.intrinsic
-    def add(typing_context, weights, stride, values, num_values, acc):
-        def generate(context, builder, signature, arguments):
-            weights, stride, values, num_values, acc = arguments
-            e = _Emitter(builder, dtype, head_dim)
-            width = e.lanes * max(1, MAX_SUMS // group)
-            for first in range(0, head_dim, width):
-                places = [(g, d) for d in range(first, min(first + width, head_dim), e.lanes) for g in range(group)]
-                sums = {}
-                for g, d in places:
-                    sums[g, d] = numba.core.cgutils.alloca_once(builder, e.floats)
-                    builder.store(e.load(acc, g * head_dim + d), sums[g, d])
-                with numba.core.cgutils.for_range(builder, num_values) as loop:
-                    s = loop.index
-                    weight = [e.splat(weights, builder.add(builder.mul(stride, INT64(g)), s)) for g in range(group)]
-                    row = builder.mul(s, INT64(head_dim))
-                    for d in sorted({d for _, d in places}):
-                        vector = e.load_page(values, builder.add(row, INT64(d)))
-                        for g in range(group):
-                            old = builder.load(sums[g, d])
-                            builder.store(e.multiply_add(weight[g], vector, old), sums[g, d])
-                for g, d in places:
-                    e.store(builder.load(sums[g, d]), acc, g * head_dim + d)
-            return context.get_dummy_value()
+    def generate(context, builder, signature, arguments):
+        weights, stride, values, num_values, acc = arguments[:5]
+        itemsize, head_dim, group = (number.literal_value for number in shape)
+        e = _Emitter(builder, itemsize, head_dim)
+        width = e.lanes * max(1, MAX_SUMS // group)
+        for first in range(0, head_dim, width):
+            places = [(g, d) for d in range(first, min(first + width, head_dim), e.lanes) for g in range(group)]
+            sums = {}
+            for g, d in places:
+                sums[g, d] = numba.core.cgutils.alloca_once(builder, e.floats)
+                builder.store(e.load(acc, g * head_dim + d), sums[g, d])
+            with numba.core.cgutils.for_range(builder, num_values) as loop:
+                s = loop.index
+                weight = [e.splat(weights, builder.add(builder.mul(stride, INT64(g)), s)) for g in range(group)]
+                row = builder.mul(s, INT64(head_dim))
+                for d in sorted({d for _, d in places}):
+                    vector = e.load_page(values, builder.add(row, INT64(d)))
+                    for g in range(group):
+                        old = builder.load(sums[g, d])
+                        builder.store(e.multiply_add(weight[g], vector, old), sums[g, d])
+            for g, d in places:
+                e.store(builder.load(sums[g, d]), acc, g * head_dim + d)
+        return context.get_dummy_value()
 
-        return numba.types.void(*(numba.types.int64,) * 5), generate
-
-    return add
+    return numba.types.void(*(numba.types.int64,) * 5, *shape), generate

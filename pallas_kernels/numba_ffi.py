@@ -7,7 +7,7 @@ xla/ffi/api/c_api.h, read here as arrays of 8-byte words; they only ever grow at
 import pathlib
 import typing
 import zlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import llvmlite.ir
@@ -231,7 +231,7 @@ def register(name: str, describe: Any, work: Any, *, num_words: int, items_per_t
     The pool promises nothing: a task may start late, after the call is over, or never.  So threads take items in turns from
     a counter, the calling thread takes turns like the others, and waits only for turns that another thread has begun.
     """
-    describe_at, work_at, task_at = (np.int64(function.address) for function in (describe, work, _task))
+    describe_at, work_at, task_at = (np.int64(int(function.address)) for function in (describe, work, cast(Any, _task)))
 
     @numba.cfunc(numba.types.int64(numba.types.CPointer(numba.types.int64)), error_model="numpy")
     @typing.no_type_check

@@ -58,6 +58,10 @@ class NanoBatch:
         """Length of the range."""
         return self.stop - self.start
 
+    def intersects(self, other: "NanoBatch") -> bool:
+        """Whether the ranges share a token."""
+        return self.start < other.stop and other.start < self.stop
+
 
 @dataclasses.dataclass(frozen=True)
 class Node:
@@ -92,3 +96,19 @@ class Pipeline:
     def tokens_of(self, node: Node) -> NanoBatch:
         """The token range of `node`."""
         return self.nano_batches[node.nano_batch]
+
+    @property
+    def is_tensor_parallel(self) -> bool:
+        """Whether the pipeline has collectives; one without them is for one device."""
+        return any(node.op in COLLECTIVES for node in self.nodes)
+
+    def label(self, index: int) -> str:
+        """Short name of a node for pictures: `KQV2` is the second of several by tokens, `KQV` the only one."""
+        same = [i for i, node in enumerate(self.nodes) if node.op is self.nodes[index].op]
+        same.sort(key=lambda i: self.tokens_of(self.nodes[i]))
+        return self.nodes[index].op.value + (str(same.index(index) + 1) if len(same) > 1 else "")
+
+    def describe(self, index: int) -> str:
+        """Name of a node for messages: `node 5 (O on tokens 640..1408)`."""
+        node = self.nodes[index]
+        return f"node {index} ({node.op.value} on tokens {self.tokens_of(node).start}..{self.tokens_of(node).stop})"

@@ -1,0 +1,86 @@
+"""How long do a layer's operations take in the figures of pipelines?  A model on devices, a batch, and where times come from."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from absl import flags
+
+from nanojax.config import PRESETS, ModelConfig
+from nanojax.hardware import PAPER_TABLE_1, HardwareSpec
+from nanojax.pipeline.cost_model import BatchShape, Duration, Roofline, op_cost, roofline_durations, steady_shape
+from nanojax.pipeline.interference import (
+    NO_INTERFERENCE,
+    PAPER_TABLE_3,
+    PAPER_TABLE_3_AND_TEXT,
+    RELEASED_TABLES,
+    Interference,
+)
+from nanojax.pipeline.ir import NanoBatch, OpKind, Resource
+from nanojax.pipeline.published_profile import released_profile, table2_profile
+from nanojax.pipeline.simulate import Shares
+
+__all__ = ["INTERFERENCE", "PROFILES", "Setting", "define_flags", "setting"]
+
+INTERFERENCE: dict[str, Interference] = {
+    "paper": PAPER_TABLE_3,
+    "paper_and_text": PAPER_TABLE_3_AND_TEXT,
+    "released": RELEASED_TABLES,
+    "none": NO_INTERFERENCE,
+}
+PROFILES = {
+    "table2": "efficiencies of the paper's Table 2, 8 A100-80GB",
+    "released": "timings in the authors' repository, LLaMA-2-70B on 8 A100-80GB",
+    "roofline": "roofline of the published peaks",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A model at work on `num_devices` of `hardware`, each step on a batch of `shape`.
+
+    duration: seconds of a nano-operation alone, one layer.
+    """
+
+    model: ModelConfig
+    hardware: HardwareSpec
+    num_devices: int
+    shape: BatchShape
+    duration: Duration
+
+    def peak_time(self, kind: OpKind, nano_batch: NanoBatch) -> Mapping[Resource, float]:
+        """Seconds for which each resource were busy at its published peak."""
+        cost = op_cost(self.model, kind, nano_batch, self.shape, num_devices=self.num_devices)
+        compute_s, memory_s, network_s = Roofline(self.hardware, self.num_devices).bounds_s(cost)
+        return {Resource.COMPUTE: compute_s, Resource.MEMORY: memory_s, Resource.NETWORK: network_s}
+
+
+def setting(model_name: str, num_devices: int, num_tokens: int, values: flags.FlagValues) -> Setting:
+    """What the flags say about `model_name` on A100s, with a batch of `num_tokens`.
+
+    The released timings know only one model; others then get Table 2's efficiencies.
+    """
+    model, hardware = PRESETS[model_name], PAPER_TABLE_1["a100-80"]
+    shape = steady_shape(num_tokens, values.input_len, values.output_len)
+    if values.profile == "roofline":
+        duration = roofline_durations(model, hardware, num_devices, shape)
+    elif values.profile == "released" and (model_name, num_devices) == ("llama-2-70b", 8):
+        duration = released_profile().durations(shape)
+    else:
+        duration = table2_profile(model, hardware, num_devices).durations(shape)
+    return Setting(model, hardware, num_devices, shape, duration)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags that `setting` reads, and those of the simulation."""
+    flags.DEFINE_enum("profile", "table2", list(PROFILES), "Where durations come from.", flag_values=values)
+    flags.DEFINE_integer("input_len", 512, "Mean prompt, tokens.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("output_len", 1024, "Mean output, tokens.", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum(
+        "interference", "paper_and_text", list(INTERFERENCE), "What a share R is worth.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "shares", Shares.FIXED.value, [one.value for one in Shares],
+        "fixed: a node runs at P(R) also when it is alone (the paper's stage II); fair: the device is divided among those "
+        "that run.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer("num_layers", 16, "Layers that are simulated.", lower_bound=1, flag_values=values)

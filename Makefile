@@ -14,7 +14,7 @@ test: $(VENV)/test.done
 	$(VENV)/bin/python -m pytest -n auto $(PYTEST_ARGS)
 
 figures: $(VENV)/run.done
-	$(VENV)/bin/python -m experiments.online_latency
+	$(VENV)/bin/python -m experiments.reproduce --out=out/paper
 
 lint: $(VENV)/lint.done
 	$(VENV)/bin/ruff check .

@@ -129,7 +129,7 @@ def _from_file(values: flags.FlagValues) -> Case:
 
 def _simulate(case: Case, values: flags.FlagValues) -> tuple[Timeline, dict[str, Any]]:
     """The timeline that the flags ask for, and a row of the table: the same pipeline under other assumptions too."""
-    work = layer_timings.setting(case.model, case.num_devices, case.pipeline.num_tokens, values)
+    work = layer_timings.setting_of(case.model, case.num_devices, case.pipeline.num_tokens, values)
     curves, num_layers = layer_timings.INTERFERENCE[values.interference], values.num_layers
 
     def timeline(pipeline: Pipeline, shares: Shares, interference=curves) -> Timeline:

@@ -43,7 +43,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     """Simulates, prints, writes the record and the figure; gives the record."""
     printed = published.scalars("fig10")
     published_fraction = printed.values["nanoflow_mean_compute_utilization_percent"] / 100
-    work = layer_timings.setting(MODEL, NUM_DEVICES, NUM_TOKENS, values)
+    work = layer_timings.setting_of(MODEL, NUM_DEVICES, NUM_TOKENS, values)
     metrics: dict[str, float | None] = {"published_compute_fraction": published_fraction}
     series = {}
     for name in ("sequential", values.pipeline):

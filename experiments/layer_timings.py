@@ -19,7 +19,7 @@ from nanojax.pipeline.ir import NanoBatch, OpKind, Resource
 from nanojax.pipeline.published_profile import released_profile, table2_profile
 from nanojax.pipeline.simulate import Shares
 
-__all__ = ["INTERFERENCE", "PROFILES", "Setting", "define_flags", "setting"]
+__all__ = ["INTERFERENCE", "PROFILES", "Setting", "define_flags", "define_model_flags", "setting", "setting_of"]
 
 INTERFERENCE: dict[str, Interference] = {
     "paper": PAPER_TABLE_3,
@@ -54,27 +54,41 @@ class Setting:
         return {Resource.COMPUTE: compute_s, Resource.MEMORY: memory_s, Resource.NETWORK: network_s}
 
 
-def setting(model_name: str, num_devices: int, num_tokens: int, values: flags.FlagValues) -> Setting:
-    """What the flags say about `model_name` on A100s, with a batch of `num_tokens`.
+def setting(
+    model_name: str, num_devices: int, num_tokens: int, *, profile: str, input_len: float, output_len: float
+) -> Setting:
+    """`model_name` on A100s with a batch of `num_tokens`, prompts and outputs of these mean lengths (tokens).
 
     The released timings know only one model; others then get Table 2's efficiencies.
     """
     model, hardware = PRESETS[model_name], PAPER_TABLE_1["a100-80"]
-    shape = steady_shape(num_tokens, values.input_len, values.output_len)
-    if values.profile == "roofline":
+    shape = steady_shape(num_tokens, input_len, output_len)
+    if profile == "roofline":
         duration = roofline_durations(model, hardware, num_devices, shape)
-    elif values.profile == "released" and (model_name, num_devices) == ("llama-2-70b", 8):
+    elif profile == "released" and (model_name, num_devices) == ("llama-2-70b", 8):
         duration = released_profile().durations(shape)
     else:
         duration = table2_profile(model, hardware, num_devices).durations(shape)
     return Setting(model, hardware, num_devices, shape, duration)
 
 
+def setting_of(model_name: str, num_devices: int, num_tokens: int, values: flags.FlagValues) -> Setting:
+    """The same, as the flags of `define_flags` say."""
+    lengths = {"input_len": values.input_len, "output_len": values.output_len}
+    return setting(model_name, num_devices, num_tokens, profile=values.profile, **lengths)
+
+
 def define_flags(values: flags.FlagValues) -> None:
-    """Defines the flags that `setting` reads, and those of the simulation."""
-    flags.DEFINE_enum("profile", "table2", list(PROFILES), "Where durations come from.", flag_values=values)
+    """Defines the flags that `setting_of` reads, and those of the simulation."""
     flags.DEFINE_integer("input_len", 512, "Mean prompt, tokens.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("output_len", 1024, "Mean output, tokens.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("num_layers", 16, "Layers that are simulated.", lower_bound=1, flag_values=values)
+    define_model_flags(values)
+
+
+def define_model_flags(values: flags.FlagValues) -> None:
+    """Defines what durations and shares are worth."""
+    flags.DEFINE_enum("profile", "table2", list(PROFILES), "Where durations come from.", flag_values=values)
     flags.DEFINE_enum(
         "interference", "paper_and_text", list(INTERFERENCE), "What a share R is worth.", flag_values=values
     )
@@ -83,4 +97,3 @@ def define_flags(values: flags.FlagValues) -> None:
         "fixed: a node runs at P(R) also when it is alone (the paper's stage II); fair: the device is divided among those "
         "that run.", flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_integer("num_layers", 16, "Layers that are simulated.", lower_bound=1, flag_values=values)

@@ -1,0 +1,78 @@
+"""What throughput does the paper's pipeline promise offline, for fixed lengths and for the lengths of three datasets?
+
+Figure: NanoFlow (arXiv 2408.12757v2) Figure 7: tokens/s per GPU, LLaMA-2-70B on 8 A100-80GB, dense batch 2048.
+Claim: NanoFlow reaches 65 to 69 % of the optimum of 1857 tokens/s per GPU and 1.73 to 1.91 times TensorRT-LLM.
+Command: python -m experiments.fig07_offline_throughput [--pipeline=llama_70b_released]
+Hardware: none; the measured twin is `experiments.offline_throughput` on the device at hand.    Minutes: 0.1.
+Expected: within 10 % of NanoFlow's bars.  Predictions come from Table 2 and the interference table alone.
+
+    out/fig07_offline_throughput.json   metrics: tokens/s and errors
+    out/fig07_offline_throughput.png    published engines and the simulated pipeline
+"""
+
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from experiments import comparison, figure_flags, layer_timings, published, throughput_prediction
+from experiments.figures import Bars, grouped_bars, sources_of
+from experiments.record import make_record, write_record
+
+NAME = "fig07_offline_throughput"
+MODEL, NUM_DEVICES, NUM_TOKENS = "llama-2-70b", 8, 2048
+LENGTHS = {"512-512": (512, 512), "1024-512": (1024, 512), "512-1024": (512, 1024)}
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    figure_flags.define(values)
+    layer_timings.define_model_flags(values)
+    flags.DEFINE_string("pipeline", "llama_70b_figure6", "A ready-made pipeline.", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> dict[str, Any]:
+    """Predicts, prints, writes the record and the figure; gives the record."""
+    printed = published.grid("fig07")
+    optimum = published.scalars("fig07_optimum").values["optimal_tokens_per_s_per_gpu"]
+    pipeline = throughput_prediction.named(values.pipeline, MODEL, NUM_TOKENS, NUM_DEVICES)
+    ours = [
+        throughput_prediction.predict(MODEL, NUM_DEVICES, pipeline, *lengths(row), values).tokens_per_s_per_device
+        for row in printed.rows
+    ]
+    theirs = [printed.at(row, "NanoFlow") for row in printed.rows]
+    metrics = {f"tokens_per_s_per_gpu_{row}": rate for row, rate in zip(printed.rows, ours, strict=True)}
+    metrics |= {
+        f"error_percent_{row}": comparison.error_percent(*pair)
+        for row, *pair in zip(printed.rows, ours, theirs, strict=True)
+    }
+    metrics["mean_absolute_error_percent"] = comparison.mean_absolute_error_percent(ours, theirs)
+    config = {name: values[name].value for name in ("pipeline", "profile", "interference", "shares")}
+    record = make_record(
+        NAME, "simulated", metrics=metrics, config=config | {"published_source": printed.source}, seed=values.seed
+    )
+    folder = pathlib.Path(values.out)
+    write_record(record, folder / f"{NAME}.json")
+    bars = [Bars(name, "published", [printed.at(row, name) for row in printed.rows]) for name in printed.columns]
+    bars.append(Bars(values.pipeline, "simulated", ours, against="NanoFlow"))
+    picture = grouped_bars(
+        f"Figure 7: offline throughput, {MODEL} on {NUM_DEVICES} x A100", sources_of(record), printed.rows, bars,
+        folder / f"{NAME}.png", y_label="tokens/s per GPU", reference_lines={f"optimum {optimum:.0f}": optimum},
+    )  # fmt: skip
+    errors = [comparison.error_text(*pair) for pair in zip(ours, theirs, strict=True)]
+    print(comparison.text_table({"lengths": printed.rows, "published": theirs, "simulated": ours, "error": errors}))
+    print(f"mean absolute error {metrics['mean_absolute_error_percent']:.1f} %")
+    print(f"record {folder / NAME}.json, figure {picture}")
+    return record
+
+
+def lengths(row: str) -> tuple[float, float]:
+    """Mean prompt and output of a group of bars, tokens; the datasets' are those of the paper's Table 4."""
+    if row in LENGTHS:
+        return LENGTHS[row]
+    table = published.table("table4").columns
+    at = table["dataset"].index(row)
+    return table["input_mean_tokens"][at], table["output_mean_tokens"][at]
+
+
+if __name__ == "__main__":
+    figure_flags.launch(define_flags, run)

@@ -63,13 +63,16 @@ def measure(
     `steps` are those of the run, their times counted from its start.
     """
     config, policy = serving.engine_config(values, loaded), serving.policy(values)
-    forward = functools.partial(execute.forward, loaded.config, attention=values.attention)
+    pipelines = serving.pipelines(values, loaded)
     state = core.init(config, loaded.config, serving.kv_dtype(values))
     duration_s = steps[-1].time_s
     totals_s, found = dict.fromkeys(PARTS, 0.0), {}
     for rung in sorted({record.token_budget for record in steps}):
         typical = typical_step([record for record in steps if record.token_budget == rung], config, mean_input_len)
         state = lay_out(config, typical, state, values.temperature)
+        forward = functools.partial(
+            execute.forward, loaded.config, attention=values.attention, pipeline=pipelines.get(rung)
+        )
         step = jax.jit(functools.partial(core.step, config, policy, forward, rung), donate_argnums=1)
         medians_s, state = _time_parts(values, config, policy, loaded, step, state, typical)
         medians_s["step_rest"] = 2 * medians_s["step"] - sum(medians_s.values())

@@ -21,6 +21,7 @@ from absl import app, flags, logging
 from experiments.sweep import parse_sweep
 from nanojax.admission import ADMISSION_NAMES
 from nanojax.config import PRESETS, EngineConfig
+from nanojax.pipeline.library import PIPELINES
 from nanojax.scheduler import PRIORITIES, Batching, PhaseOrder
 from nanojax.serve import Driver
 from nanojax.workload import PAPER_TABLE_4
@@ -53,6 +54,7 @@ def define(values: flags.FlagValues) -> None:
     enum("phase_order", PhaseOrder.DECODE_FIRST.value, [order.value for order in PhaseOrder], "Who gets tokens first.")
     enum("batching", Batching.CONTINUOUS.value, [kind.value for kind in Batching], "When requests join the batch.")
     enum("attention", None, ["numba", "reference", "xla"], "Implementation; the platform's best if not given.")
+    text("pipeline", None, f"{', '.join(PIPELINES)}, or a JSON file for the budget it names; none if not given.")
     count("expected_output_len", None, "Mean output in tokens, until one is known.")
 
     text("token_budgets", ",".join(map(str, engine.token_budgets)), "Ladder of tokens per step; + for , in a sweep.")
@@ -70,6 +72,7 @@ def define(values: flags.FlagValues) -> None:
     for name, is_good, rule in (
         ("token_budgets", lambda text: _ladder(text) is not None, "must be ascending positive integers: 16,64,256"),
         ("weights", _is_weights, f"must be a file or folder that exists, or {RANDOM_WEIGHTS!r}"),
+        ("pipeline", _is_pipeline, f"must be one of {', '.join(PIPELINES)}, or a file that exists"),
     ):
         flags.register_validator(name, is_good, rule, flag_values=values)
 
@@ -184,6 +187,10 @@ def _ladder(text: str) -> tuple[int, ...] | None:
 
 def _is_weights(text: str | None) -> bool:
     return text is None or text == RANDOM_WEIGHTS or pathlib.Path(text).exists()
+
+
+def _is_pipeline(text: str | None) -> bool:
+    return text is None or text in PIPELINES or pathlib.Path(text).is_file()
 
 
 def _is_trace(text: str) -> bool:

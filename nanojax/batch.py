@@ -1,5 +1,7 @@
 """What does one step compute on?  The ragged batch: flat tokens of many requests, decode rows first."""
 
+import dataclasses
+
 import flax.struct
 import jax.numpy as jnp
 
@@ -58,3 +60,46 @@ def pack(
         cu_q_lens=cu_q_lens,
         num_decode=num_decode,
     )
+
+
+def cut(batch: RaggedBatch, start: int, stop: int) -> RaggedBatch:
+    """Tokens `start` to `stop` (exclusive) as a batch of their own; at most that many rows.
+
+    A row is cut to its tokens in the range, and its cache to what it holds after the last of them.
+    """
+    if (start, stop) == (0, batch.tokens.shape[0]):
+        return batch
+    size = stop - start
+    total_rows = batch.kv_lens.shape[0]
+    bounds = jnp.clip(batch.cu_q_lens - start, 0, size)
+    lens = jnp.diff(bounds)
+    first = jnp.sum(batch.cu_q_lens[1:] <= start, dtype=jnp.int32)
+    rows = (first + jnp.arange(min(total_rows, size), dtype=jnp.int32)) % total_rows
+    lens = lens[rows]
+    beyond = jnp.maximum(batch.cu_q_lens[1:] - stop, 0)
+    return RaggedBatch(
+        tokens=batch.tokens[start:stop],
+        positions=batch.positions[start:stop],
+        pages=batch.pages[start:stop],
+        row_slots=batch.row_slots[rows],
+        kv_lens=jnp.where(lens > 0, (batch.kv_lens - beyond)[rows], 0),
+        page_indices=batch.page_indices[rows],
+        cu_q_lens=jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lens, dtype=jnp.int32)]),
+        num_decode=jnp.clip(batch.num_decode - start, 0, size),
+    )
+
+
+def decode_part(batch: RaggedBatch) -> RaggedBatch:
+    """The batch with its decode rows only: the other rows have no tokens."""
+    is_decode = jnp.arange(batch.kv_lens.shape[0]) < batch.num_decode
+    return dataclasses.replace(
+        batch,
+        kv_lens=jnp.where(is_decode, batch.kv_lens, 0),
+        cu_q_lens=jnp.minimum(batch.cu_q_lens, batch.num_decode),
+    )
+
+
+def prefill_part(batch: RaggedBatch) -> RaggedBatch:
+    """The batch with its prefill rows; a decode row stays, to hold its place, but reads one key only."""
+    is_decode = jnp.arange(batch.kv_lens.shape[0]) < batch.num_decode
+    return dataclasses.replace(batch, kv_lens=jnp.where(is_decode, jnp.minimum(batch.kv_lens, 1), batch.kv_lens))

@@ -11,7 +11,7 @@ import enum
 import functools
 import heapq
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from nanojax.engine import Arrivals, Finish, Forward
 from nanojax.invariants import InvariantError
 from nanojax.metrics import RequestRecord, StepRecord
 from nanojax.pipeline import execute
+from nanojax.pipeline.ir import Pipeline
 from nanojax.sampling import NO_TOKEN
 from nanojax.scheduler import Policy
 from nanojax.text_stream import TextStream
@@ -91,7 +92,8 @@ class Engine:
     """Continuous batching over one model on the default device.
 
     `clock` gives seconds; everything else that the engine touches comes in through its arguments.  `records` and `steps` grow
-    as requests finish and steps are read; `reset_metrics` empties them.
+    as requests finish and steps are read; `reset_metrics` empties them.  `pipelines` says how steps of a token budget run
+    (ValueError as `execute.forward_per_budget`); `forward` takes the place of the model, pipelines included.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         driver: Driver = Driver.DISPATCH_AHEAD,
         attention: str | None = None,
+        pipelines: Mapping[int, Pipeline] | None = None,
         kv_dtype=jnp.float32,
         forward: Forward | None = None,
         steps_per_launch: int = 8,
@@ -117,12 +120,14 @@ class Engine:
         device = next(iter(jax.tree.leaves(params)[0].devices()))
         self._params, self._state = jax.device_put((params, core.init(config, model, kv_dtype)), device)
         self._clock = clock
-        forward = forward or functools.partial(execute.forward, model, attention=attention)
+        forwards = execute.forward_per_budget(model, config.token_budgets, pipelines or {}, attention=attention)
+        if forward is not None:
+            forwards = dict.fromkeys(config.token_budgets, forward)
         self._load = jax.jit(core.load, donate_argnums=0)
         self._cancel = jax.jit(core.cancel, donate_argnums=0)
         self._launch = {
-            budget: jax.jit(_launch_fn(driver, config, policy, forward, budget, steps_per_launch), donate_argnums=1)
-            for budget in config.token_budgets
+            budget: jax.jit(_launch_fn(driver, config, policy, own, budget, steps_per_launch), donate_argnums=1)
+            for budget, own in forwards.items()
         }
         self._holds = jax.jit(functools.partial(invariants.holds, config)) if check_invariants else None
         self._queue_key = _QUEUE_KEYS.get(policy.priority, lambda request: 0)

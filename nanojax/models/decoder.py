@@ -15,7 +15,7 @@ from flax import nnx
 from nanojax.array_types import Array, Float, Int32, Key, Params
 from nanojax.config import ModelConfig, RopeScaling
 from nanojax.models.layers import RMSNorm, contract, normal
-from nanojax.models.moe import MixtureOfExperts
+from nanojax.models.moe import MixtureOfExperts, Routes
 
 
 class FeedForward(nnx.Module):
@@ -93,9 +93,14 @@ class DecoderLayer(nnx.Module):
         """The residual stream after attention."""
         return x + self.out(attended)
 
-    def up_gate(self, x: Float[Array, "t D"]):
+    def route(self, x: Float[Array, "t D"]) -> Routes:
+        """Norm and router of a mixture of experts: the choice that `up_gate` takes."""
+        assert isinstance(self.ffn, MixtureOfExperts)
+        return self.ffn.route(self.ffn_norm(x))
+
+    def up_gate(self, x: Float[Array, "t D"], *routes: Routes):
         """Norm, gate and up projections; what it returns is only for `down`."""
-        return self.ffn.up_gate(self.ffn_norm(x))
+        return self.ffn.up_gate(self.ffn_norm(x), *routes)
 
     def down(self, x: Float[Array, "t D"], hidden) -> Float[Array, "t D"]:
         """The residual stream after the feed-forward."""

@@ -11,6 +11,14 @@ from nanojax.models.layers import contract, normal
 
 
 @flax.struct.dataclass
+class Routes:
+    """Each token's experts, best first, and the router's score of each."""
+
+    scores: Float[Array, "t top"]
+    experts: Int32[Array, "t top"]
+
+
+@flax.struct.dataclass
 class RoutedHidden:
     """Hidden states of (token, expert) pairs sorted by expert, and the way back.  X = t * experts per token."""
 
@@ -19,6 +27,18 @@ class RoutedHidden:
     token: Int32[Array, "X"]
     weight: Float[Array, "X"]
     num_tokens: int = flax.struct.field(pytree_node=False)
+
+    def cut(self, start: int, stop: int) -> "RoutedHidden":
+        """The pairs of tokens `start` to `stop` (exclusive), still sorted by expert; tokens count from `start` then."""
+        if (start, stop) == (0, self.num_tokens):
+            return self
+        size = self.token.shape[0] // self.num_tokens * (stop - start)
+        is_inside = (self.token >= start) & (self.token < stop)
+        (kept,) = jnp.nonzero(is_inside, size=size)
+        before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(is_inside, dtype=jnp.int32)])
+        ends = before[jnp.cumsum(self.group_sizes)]
+        group_sizes = jnp.diff(ends, prepend=0).astype(jnp.int32)
+        return RoutedHidden(self.hidden[kept], group_sizes, self.token[kept] - start, self.weight[kept], stop - start)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -31,10 +51,15 @@ class MixtureOfExperts(nnx.Module):
         self.gate_up = normal(rngs, (experts, config.d_model, 2, config.d_ff), dtype)
         self.down = normal(rngs, (experts, config.d_ff, config.d_model), dtype)
 
-    def up_gate(self, x: Float[Array, "t D"]) -> RoutedHidden:
-        """Routes, sorts by expert, and runs each expert's gate and up projections on its tokens."""
+    def route(self, x: Float[Array, "t D"]) -> Routes:
+        """Picks the experts of each token."""
+        return Routes(*jax.lax.top_k(contract(x, self.router[...]), self.top_k))
+
+    def up_gate(self, x: Float[Array, "t D"], routes: Routes | None = None) -> RoutedHidden:
+        """Sorts by expert and runs each expert's gate and up projections on its tokens; routes them first if need be."""
         t = x.shape[0]
-        scores, experts = jax.lax.top_k(contract(x, self.router[...]), self.top_k)
+        routes = self.route(x) if routes is None else routes
+        scores, experts = routes.scores, routes.experts
         order = jnp.argsort(experts.reshape(-1))
         token = (order // self.top_k).astype(jnp.int32)
         group_sizes = jnp.bincount(experts.reshape(-1), length=self.router.shape[-1]).astype(jnp.int32)

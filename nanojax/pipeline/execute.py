@@ -1,4 +1,7 @@
-"""How is a step's forward pass run?  The operations of every layer in order, attention over the paged KV cache."""
+"""How is a step's forward pass run?  The operations of every layer, in order or cut up by a pipeline, over the paged KV cache."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +12,81 @@ from nanojax.batch import RaggedBatch
 from nanojax.config import ModelConfig
 from nanojax.kv_cache import KVPages
 from nanojax.models import decoder
+from nanojax.pipeline.ir import OpKind, Pipeline
+from nanojax.pipeline.layer_loop import run_layers
+from nanojax.pipeline.validate import validate
 from pallas_kernels.paged_attention import paged_attention
 
 
 def forward(
-    config: ModelConfig, params: Params, kv: KVPages, batch: RaggedBatch, *, attention: str | None = None
+    config: ModelConfig,
+    params: Params,
+    kv: KVPages,
+    batch: RaggedBatch,
+    *,
+    pipeline: Pipeline | None = None,
+    attention: str | None = None,
+    use_streams: bool = False,
 ) -> tuple[Float32[Array, "R V"], KVPages]:
-    """Logits after the last token of each row, and the cache with this step's keys and values.
+    """Logits after the last token of each row, and the cache with this step's keys and values; on one device.
 
-    `attention` names the implementation of `paged_attention`; None lets it choose.  Layers are unrolled: a scan would copy
-    each layer's weights and keep XLA from overlapping operations of neighbouring layers.
+    pipeline: how each layer is cut and ordered; None runs whole operations one after another.  Any pipeline gives the
+      same logits but for rounding.
+    attention: names the implementation of `paged_attention`; None lets it choose.
+    use_streams: put each node on the GPU stream that it names (see `streams`); of no use on a CPU.
+
+    Layers are unrolled: a scan would copy each layer's weights and keep XLA from overlapping operations of neighbouring
+    layers.  Raises ValueError as `check` does.
     """
     model = decoder.bind(config, params)
     # Behind a barrier, or XLA computes the sines and cosines again inside every layer's fusion.
     rope = jax.lax.optimization_barrier(decoder.rope_angles(config, batch.positions))
-    offset = batch.positions % kv.k.shape[3]
     x = model.embed_tokens(batch.tokens)
+    if pipeline is None:
+        x, kv = _run_in_order(model, x, rope, kv, batch, attention)
+    else:
+        check(pipeline, config, batch.tokens.shape[0])
+        x, kv = run_layers(
+            list(model.layers), x, rope, kv, batch, pipeline, attention=attention, use_streams=use_streams
+        )
+    with jax.named_scope("logits"):
+        last = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
+        return model.logits(x[last]), kv
+
+
+def check(pipeline: Pipeline, config: ModelConfig, num_tokens: int, *, num_devices: int = 1) -> None:
+    """Raises ValueError unless this model can run the pipeline on batches of `num_tokens` tokens on `num_devices` devices."""
+    validate(pipeline, num_devices=num_devices, check_shares=False)
+    if pipeline.num_tokens != num_tokens:
+        raise ValueError(
+            f"pipeline {pipeline.name!r} is for {pipeline.num_tokens} tokens, not for batches of {num_tokens}"
+        )
+    if not config.num_experts and any(node.op is OpKind.ROUTER for node in pipeline.nodes):
+        raise ValueError(f"pipeline {pipeline.name!r} has a router, but {config.name} has no experts")
+
+
+def forward_per_budget(
+    config: ModelConfig, budgets: Sequence[int], pipelines: Mapping[int, Pipeline], *, attention: str | None = None
+) -> dict[int, Callable[[Params, KVPages, RaggedBatch], tuple[Float32[Array, "R V"], KVPages]]]:
+    """`forward` for batches of each of `budgets` tokens, with the pipeline of that budget where there is one.
+
+    Raises ValueError for a pipeline of no budget, and as `check` does.
+    """
+    for budget, pipeline in pipelines.items():
+        if budget not in budgets:
+            raise ValueError(f"pipeline {pipeline.name!r} is for budget {budget}, which is none of {tuple(budgets)}")
+        check(pipeline, config, budget)
+    return {
+        budget: functools.partial(forward, config, pipeline=pipelines.get(budget), attention=attention)
+        for budget in budgets
+    }
+
+
+def _run_in_order(
+    model: decoder.Decoder, x: Array, rope: Array, kv: KVPages, batch: RaggedBatch, attention: str | None
+) -> tuple[Array, KVPages]:
+    """The residual stream after the last layer, and the cache."""
+    offset = batch.positions % kv.k.shape[3]
     for index, layer in enumerate(model.layers):
         with jax.named_scope(f"layer{index}"):
             with jax.named_scope("KQV"):
@@ -41,6 +103,4 @@ def forward(
                 hidden = layer.up_gate(x)
             with jax.named_scope("D"):
                 x = layer.down(x, hidden)
-    with jax.named_scope("logits"):
-        last = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
-        return model.logits(x[last]), kv
+    return x, kv

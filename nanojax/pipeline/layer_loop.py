@@ -1,0 +1,264 @@
+"""How does a pipeline run all layers?  Its nodes, iteration after iteration, each on its layer and its range of tokens.
+
+To XLA the order of the nodes is their data flow; what a pipeline adds is where operations are cut.  The results of nodes
+are pieces by token range; whoever needs another range cuts and joins them.  The KV cache is one value that nodes write
+and read in turn, never a copy.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nanojax import batch as batches
+from nanojax import kv_cache
+from nanojax.array_types import Array, Bool, Float, Int32
+from nanojax.batch import RaggedBatch
+from nanojax.kv_cache import KVPages
+from nanojax.models.decoder import DecoderLayer
+from nanojax.models.moe import RoutedHidden
+from nanojax.pipeline import streams
+from nanojax.pipeline.ir import COLLECTIVES, NanoBatch, Node, OpKind, Pipeline
+from nanojax.pipeline.pieces import Pieces
+from pallas_kernels.paged_attention import paged_attention
+
+ATTENTION = (OpKind.DEC_ATTN, OpKind.PF_ATTN)
+INPUT, MIDDLE = "the residual stream before the layer", "the residual stream after attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """How the devices that share each layer complete one another's results, and the weights for it.
+
+    columns: layers with O's weight split by columns, for O nodes whose results are gathered.
+    gather: joins the devices' parts along an axis.    add: sums them up.
+    """
+
+    columns: Sequence[DecoderLayer]
+    gather: Callable[[Array, int], Array]
+    add: Callable[[Array], Array]
+
+
+def run_layers(
+    layers: Sequence[DecoderLayer], x: Float[Array, "T D"], rope: Float[Array, "2 T h2"], kv: KVPages, batch: RaggedBatch,
+    pipeline: Pipeline, *, network: Network | None = None, attention: str | None = None, use_streams: bool = False,
+) -> tuple[Float[Array, "T D"], KVPages]:  # fmt: skip
+    """The residual stream after the last layer, and the cache with this step's keys and values.
+
+    The pipeline is valid and of `T` tokens; `network` is None on one device; the rest is as in `execute.forward`.
+    """
+    calls = attention_calls(pipeline)
+    with jax.named_scope("cut"):
+        loop = _Loop(
+            layers, rope, kv, pipeline, network or Network(layers, lambda part, axis: part, lambda part: part), attention,
+            use_streams, calls, _rows_of_calls(pipeline, calls, batch),
+            is_decode=jnp.arange(batch.tokens.shape[0]) < batch.num_decode,
+            pages=batch.pages, offset=batch.positions % kv.k.shape[3],
+        )  # fmt: skip
+    whole = NanoBatch(0, pipeline.num_tokens)
+    loop.pieces.put(INPUT, 0, whole, x)
+    groups = list(_groups(pipeline, use_streams))
+    for iteration in range(len(layers) + max(node.lag for node in pipeline.nodes)):
+        for group in groups:
+            loop.run([(i, layer) for i in group if 0 <= (layer := iteration - pipeline.nodes[i].lag) < len(layers)])
+    return loop.pieces.get(INPUT, len(layers), whole), loop.kv
+
+
+def attention_calls(pipeline: Pipeline) -> dict[int, tuple[OpKind, ...]]:
+    """What each attention node computes: its own rows, those of its twin too, or nothing.
+
+    Twins are the two operations on one range and one stream with nothing but attention launched in between; one call
+    serves both.
+    """
+    calls: dict[int, tuple[OpKind, ...]] = {
+        i: (node.op,) for i, node in enumerate(pipeline.nodes) if node.op in ATTENTION
+    }
+    for i in calls:
+        for j in range(i + 1, len(pipeline.nodes)):
+            one, two = pipeline.nodes[i], pipeline.nodes[j]
+            if two.op not in ATTENTION:
+                break
+            are_near = (one.nano_batch, one.stream, one.lag) == (two.nano_batch, two.stream, two.lag)
+            if are_near and one.op is not two.op:
+                calls[i], calls[j] = ATTENTION, ()
+    return calls
+
+
+@dataclasses.dataclass
+class _Loop:
+    """What the nodes share while a step is traced; `kv`, `pieces` and `reads` move on from node to node.
+
+    calls: see `attention_calls`.    rows: the batch of each call, by range and operations.
+    reads: results of attention that no write to the cache has waited for yet.
+    """
+
+    layers: Sequence[DecoderLayer]
+    rope: Float[Array, "2 T h2"]
+    kv: KVPages
+    pipeline: Pipeline
+    network: Network
+    attention: str | None
+    use_streams: bool
+    calls: Mapping[int, tuple[OpKind, ...]]
+    rows: Mapping[tuple[NanoBatch, tuple[OpKind, ...]], RaggedBatch]
+    is_decode: Bool[Array, "T"]
+    pages: Int32[Array, "T"]
+    offset: Int32[Array, "T"]
+    pieces: Pieces = dataclasses.field(default_factory=Pieces)
+    reads: list = dataclasses.field(default_factory=list)
+
+    def run(self, group: Sequence[tuple[int, int]]) -> None:
+        """Nodes that may run side by side, given with their layers."""
+        group = [(i, layer) for i, layer in group if self.calls.get(i) != ()]  # else a twin does it
+        values = [self._compute(i, layer) for i, layer in group]
+        if len(values) > 1:
+            values = jax.lax.optimization_barrier(values)
+        for (i, layer), value in zip(group, values, strict=True):
+            self._store(i, layer, value)
+
+    def _compute(self, index: int, layer: int) -> Any:
+        """The result of node `index`."""
+        node = self.pipeline.nodes[index]
+        tokens = self.pipeline.tokens_of(node)
+        name = "+".join(op.value for op in self.calls.get(index, (node.op,)))
+        with jax.named_scope(f"layer{layer}"), jax.named_scope(f"{name}[{tokens.start}:{tokens.stop}]"):
+            match node.op:
+                case OpKind.KQV:
+                    return self._project_qkv(node, layer, tokens)
+                case OpKind.DEC_ATTN | OpKind.PF_ATTN:
+                    return self._attend(node, layer, tokens, self.rows[tokens, self.calls[index]])
+                case OpKind.ATTN_AG:
+                    return self.network.gather(self._attended(layer, tokens), 1)
+                case OpKind.O:
+                    return self._project_out(node, layer, tokens)
+                case OpKind.O_AG:
+                    return self.network.gather(self.pieces.get(OpKind.O, layer, tokens), 1)
+                case OpKind.O_AR:
+                    return self.network.add(self.pieces.get(OpKind.O, layer, tokens))
+                case OpKind.ROUTER:
+                    return self._launch(node, self.layers[layer].route, self.pieces.get(MIDDLE, layer, tokens))
+                case OpKind.UG:
+                    return self._up_gate(node, layer, tokens)
+                case OpKind.D:
+                    return self._down(node, layer, tokens)
+                case OpKind.D_AR:
+                    return self.network.add(self.pieces.get(OpKind.D, layer, tokens))
+
+    def _store(self, index: int, layer: int, value: Any) -> None:
+        """Keeps the result; a complete one moves the residual stream on."""
+        node = self.pipeline.nodes[index]
+        tokens = self.pipeline.tokens_of(node)
+        for op in self.calls.get(index, (node.op,)):
+            self.pieces.put(op, layer, tokens, value)
+        is_shared = self.pipeline.is_tensor_parallel
+        if node.op in ((OpKind.O_AG, OpKind.O_AR) if is_shared else (OpKind.O,)):
+            self.pieces.put(MIDDLE, layer, tokens, self.pieces.get(INPUT, layer, tokens) + value)
+        elif node.op is (OpKind.D_AR if is_shared else OpKind.D):
+            self.pieces.put(INPUT, layer + 1, tokens, self.pieces.get(MIDDLE, layer, tokens) + value)
+
+    def _launch(self, node: Node, operation: Callable, *inputs: Any) -> Any:
+        if not self.use_streams:
+            return operation(*inputs)
+        return streams.launch(node.stream, operation, *inputs, has_loops=node.op in ATTENTION)
+
+    def _project_qkv(self, node: Node, layer: int, tokens: NanoBatch) -> Float[Array, "t H h"]:
+        """Queries; keys and values go to the cache."""
+        part = slice(tokens.start, tokens.stop)
+        x = self.pieces.get(INPUT, layer, tokens)
+        q, k, v = self._launch(node, self.layers[layer].project_qkv, x, self.rope[:, part])
+        pages = self.pages[part] if self.use_streams else _after(self.reads, self.pages[part], self.kv)
+        self.reads = []
+        self.kv = kv_cache.write(self.kv, layer, k, v, pages, self.offset[part])
+        return q
+
+    def _attend(self, node: Node, layer: int, tokens: NanoBatch, rows: RaggedBatch) -> Float[Array, "t H h"]:
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            return paged_attention(
+                q, k, v, layer, rows.kv_lens, rows.page_indices, rows.cu_q_lens, rows.num_decode,
+                implementation=self.attention,
+            )  # fmt: skip
+
+        q = self.pieces.get(OpKind.KQV, layer, tokens).astype(self.kv.value_dtype)
+        self.reads.append(self._launch(node, attend, q, self.kv.k, self.kv.v))
+        return self.reads[-1]
+
+    def _attended(self, layer: int, tokens: NanoBatch) -> Float[Array, "t H h"]:
+        """Attention's result for decode and prefill rows, the heads of this device."""
+        decode, prefill = ([id(value) for _, value in self.pieces.touching(op, layer, tokens)] for op in ATTENTION)
+        from_prefill = self.pieces.get(OpKind.PF_ATTN, layer, tokens)
+        if decode == prefill:
+            return from_prefill
+        is_decode = self.is_decode[tokens.start : tokens.stop, None, None]
+        return jnp.where(is_decode, self.pieces.get(OpKind.DEC_ATTN, layer, tokens), from_prefill)
+
+    def _project_out(self, node: Node, layer: int, tokens: NanoBatch) -> Float[Array, "t D"]:
+        if any(
+            other.op is OpKind.O_AG and self.pipeline.tokens_of(other).intersects(tokens)
+            for other in self.pipeline.nodes
+        ):
+            gathered = self.pieces.get(OpKind.ATTN_AG, layer, tokens)
+            return self._launch(node, self.network.columns[layer].out, gathered)
+        return self._launch(node, self.layers[layer].out, self._attended(layer, tokens))
+
+    def _up_gate(self, node: Node, layer: int, tokens: NanoBatch) -> Any:
+        has_router = any(other.op is OpKind.ROUTER for other in self.pipeline.nodes)
+        routes = [self.pieces.get(OpKind.ROUTER, layer, tokens)] if has_router else []
+        return self._launch(node, self.layers[layer].up_gate, self.pieces.get(MIDDLE, layer, tokens), *routes)
+
+    def _down(self, node: Node, layer: int, tokens: NanoBatch) -> Float[Array, "t D"]:
+        project = self.layers[layer].ffn.project_down
+        pieces = self.pieces.touching(OpKind.UG, layer, tokens)
+        if not isinstance(pieces[0][1], RoutedHidden):
+            return self._launch(node, project, self.pieces.get(OpKind.UG, layer, tokens))
+        # Sorted by expert and hence not to be joined: each piece is projected by itself.
+        parts = [
+            hidden.cut(max(own.start, tokens.start) - own.start, min(own.stop, tokens.stop) - own.start)
+            for own, hidden in pieces
+        ]
+        return jnp.concatenate([self._launch(node, project, part) for part in parts])
+
+
+def _rows_of_calls(
+    pipeline: Pipeline, calls: Mapping[int, tuple[OpKind, ...]], batch: RaggedBatch
+) -> dict[tuple[NanoBatch, tuple[OpKind, ...]], RaggedBatch]:
+    """The rows of each attention call, the same in every layer."""
+    choose = {
+        ATTENTION: lambda rows: rows,
+        (OpKind.DEC_ATTN,): batches.decode_part,
+        (OpKind.PF_ATTN,): batches.prefill_part,
+    }
+    wanted = dict.fromkeys((pipeline.tokens_of(pipeline.nodes[i]), ops) for i, ops in calls.items() if ops)
+    return {(tokens, ops): choose[ops](batches.cut(batch, tokens.start, tokens.stop)) for tokens, ops in wanted}
+
+
+def _groups(pipeline: Pipeline, use_streams: bool) -> Iterator[list[int]]:
+    """Nodes by launch: with streams, two in a row that may run side by side are joined, as XLA overlaps only such pairs."""
+    i = 0
+    while i < len(pipeline.nodes):
+        pair = pipeline.nodes[i : i + 2]
+        is_pair = (
+            use_streams
+            and len({node.stream for node in pair}) == 2
+            and i not in pair[1].deps
+            and not any(node.op in COLLECTIVES for node in pair)
+        )
+        yield [i, i + 1] if is_pair else [i]
+        i += 1 + is_pair
+
+
+def _after(reads: Sequence[Array], pages: Int32[Array, "t"], kv: KVPages) -> Int32[Array, "t"]:
+    """`pages`, but not before the results `reads` are there.
+
+    Unless the write visibly depends on them, XLA for CPUs lets attention read a copy of the whole cache; an
+    `optimization_barrier` is not visible enough before jax 0.11.  So a value that no result has says "no page".
+    """
+    for read in reads:
+        bits = jax.lax.bitcast_convert_type(read[0, 0, 0].astype(jnp.float32), jnp.int32)
+        pages = jnp.where(bits == _NO_RESULT, kv.k.shape[1], pages)
+    return pages
+
+
+_NO_RESULT = 0x7FC0DEAD
+"""A NaN that arithmetic does not make."""

@@ -21,12 +21,27 @@ def peak_pages(
     """Largest number of pages in use at any future step.
 
     Request `i` uses `ceil((num_tokens[i] + t) / page_size)` pages at step `t = 0 .. remaining[i] - 1`, then none.  Use only
-    falls when a request ends, so the peak is at some request's last step: `S` candidates, each a sum over `S` requests.
+    falls when a request ends, so the peak is at some request's last step.  In order of last steps, those still running at the
+    `i`-th are the requests from `i` on.  With `num_tokens + page_size - 1 = q * page_size + r`, a request's pages at `t` are
+    `q + t // page_size`, and one more if `r + t % page_size` reaches `page_size`: sums over suffixes, not over all pairs.
+    Exact for futures of up to 2**31 / S steps.
     """
-    last = jnp.maximum(remaining, 1) - 1
-    still_runs = active[None, :] & (last[None, :] >= last[:, None])
-    pages = pages_for(num_tokens[None, :] + last[:, None], page_size)
-    return jnp.max(jnp.where(active, jnp.sum(jnp.where(still_runs, pages, 0), axis=1, dtype=jnp.int32), 0))
+    num_slots = num_tokens.shape[0]
+    last = jnp.minimum(jnp.maximum(remaining, 1) - 1, 2**31 // num_slots - 2)  # so that the sort key is one int32
+    key = jax.lax.sort(jnp.where(active, last, -1) * num_slots + jnp.arange(num_slots, dtype=jnp.int32))
+    last, slot = jnp.divmod(key, num_slots)
+    is_active, num_tokens = last >= 0, num_tokens[slot]
+    q, r = jnp.divmod(num_tokens + (page_size - 1), page_size)
+    periods, rest = jnp.divmod(last, page_size)
+    carries = is_active[:, None] & (
+        r[:, None] >= jnp.arange(1, page_size + 1)
+    )  # column c: one page more where rest = p - 1 - c
+    columns = jnp.concatenate(
+        [jnp.where(is_active, q, 0)[:, None], is_active[:, None], carries], axis=1, dtype=jnp.int32
+    )
+    suffix = jax.lax.cumsum(columns, axis=0, reverse=True)
+    carried = jnp.take_along_axis(suffix[:, 2:], (page_size - 1 - rest)[:, None], axis=1)[:, 0]
+    return jnp.max(jnp.where(is_active, suffix[:, 0] + suffix[:, 1] * periods + carried, 0))
 
 
 def greedy(state: SchedulerState, active: Bool[Array, "S"], page_size: int) -> Int32[Array, ""]:

@@ -23,9 +23,18 @@ RANKS = [
     ],
     ["nanojax.scheduler", "nanojax.pipeline", "nanojax.weights"],
     ["nanojax.admission", "nanojax.text_stream"],
-    ["nanojax.engine", "nanojax.pipeline.search", "nanojax.pipeline.simulate", "nanojax.pipeline.render"],
+    ["nanojax.step_time", "nanojax.virtual_clock"],
+    ["nanojax.virtual_requests"],
+    [
+        "nanojax.virtual_engine",
+        "nanojax.engine",
+        "nanojax.pipeline.search",
+        "nanojax.pipeline.simulate",
+        "nanojax.pipeline.render",
+    ],
     ["nanojax.invariants"],
     ["nanojax.serve", "nanojax.simulate"],
+    ["nanojax.fleet"],
     ["experiments"],
 ]
 FORBIDDEN_NAMES = {"utils", "helpers", "base", "types", "common", "misc"}

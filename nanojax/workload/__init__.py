@@ -19,12 +19,13 @@ from nanojax.workload.lengths import (
 )
 from nanojax.workload.load import load_trace
 from nanojax.workload.request import Request, SamplingParams, Trace
+from nanojax.workload.rounds import Rounds, conversation_rounds
 from nanojax.workload.sharegpt import Conversation, find_sharegpt, read_conversations
 from nanojax.workload.synthetic import recorded_requests, synthetic_requests
 
 __all__ = [
-    "PAPER_TABLE_4", "Conversation", "LengthStatistics", "Request", "SamplingParams", "Trace",
-    "burst_arrivals", "constant_trace", "find_sharegpt", "gamma_arrivals", "length_filter", "load_trace",
+    "PAPER_TABLE_4", "Conversation", "LengthStatistics", "Request", "Rounds", "SamplingParams", "Trace",
+    "burst_arrivals", "constant_trace", "conversation_rounds", "find_sharegpt", "gamma_arrivals", "length_filter", "load_trace",
     "lognormal_trace", "nanoflow_filter", "poisson_arrivals", "read_conversations", "recorded_requests",
     "replay_arrivals", "sample", "scale_lengths", "synthetic_requests", "table4_trace", "trace_statistics",
     "with_arrivals",

@@ -5,7 +5,7 @@ import json
 import pytest
 from absl import flags
 
-from experiments import fig07_offline_throughput, fig09_ablation, fig11_models, reproduce
+from experiments import fig07_offline_throughput, fig08_online_latency, fig09_ablation, fig11_models, reproduce
 
 
 def parsed(experiment, *arguments):
@@ -52,3 +52,11 @@ def test_the_report_holds_its_pictures(tmp_path):
 def test_an_unknown_figure_is_said(tmp_path):
     with pytest.raises(ValueError, match="--only=fig99"):
         reproduce.run(parsed(reproduce, "--only=fig99", f"--out={tmp_path}"))
+
+
+@pytest.mark.slow
+def test_fig08_simulates_the_scheduler(tmp_path):
+    record = fig08_online_latency.run(parsed(fig08_online_latency, "--smoke", "--datasets=lmsys", f"--out={tmp_path}"))
+    assert record["origin"] == "simulated"
+    assert {"published", "simulated", "envelope", "crossings"} <= set(record["series"])
+    assert (tmp_path / "fig08_online_latency.png").exists()

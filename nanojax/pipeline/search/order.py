@@ -19,10 +19,10 @@ import math
 from collections.abc import Sequence
 
 from nanojax.pipeline.dependencies import needs
-from nanojax.pipeline.ir import OpKind, Pipeline
+from nanojax.pipeline.ir import OpKind
 from nanojax.pipeline.search.problem import Problem, Structure, work_bound_s
 from nanojax.pipeline.search.program import LEAST_GAIN, Program, solve
-from nanojax.pipeline.search.structure import arranged, data_flow
+from nanojax.pipeline.search.structure import data_flow
 
 __all__ = ["Order", "best_order", "start_columns"]
 
@@ -48,6 +48,7 @@ def best_order(
     durations_s: Sequence[float],
     *,
     below_s: float = math.inf,
+    node_limit: int = NODE_LIMIT,
     time_limit_s: float = 60.0,
 ) -> Order:
     """The order with the shortest layer, each nano-operation taking its duration; only one shorter than `below_s` counts."""
@@ -69,7 +70,7 @@ def best_order(
             k = program.column(-1, 2, is_integral=True)
             program.row({u[j]: 1, u[i]: -1, k: 1, w: -scaled[i]}, low=0)
             program.row({u[i]: 1, u[j]: -1, k: -1, w: -scaled[j]}, low=-1)
-    x, bound = solve(program, w, node_limit=NODE_LIMIT, time_limit_s=time_limit_s)
+    x, bound = solve(program, w, node_limit=node_limit, time_limit_s=time_limit_s)
     bound_s = below_s if bound == -math.inf else max(least_s / max(bound, program.lower[w]), least_s)
     if x is None:
         return Order(None, math.inf, bound_s)

@@ -19,16 +19,18 @@ class Program:
         self.lower: list[float] = []
         self.upper: list[float] = []
         self.integral: list[bool] = []
-        self.rows: list[tuple[Mapping[int, float], float, float]] = []
+        self.rows: list[tuple[Mapping[int, int | float], float, float]] = []
 
-    def column(self, lower: float, upper: float, *, is_integral: bool = False) -> int:
+    def column(self, lower: int | float, upper: int | float, *, is_integral: bool = False) -> int:
         """A new variable; gives its index."""
         self.lower.append(lower)
         self.upper.append(upper)
         self.integral.append(is_integral)
         return len(self.lower) - 1
 
-    def row(self, coefficients: Mapping[int, float], *, low: float = -math.inf, high: float = math.inf) -> None:
+    def row(
+        self, coefficients: Mapping[int, int | float], *, low: int | float = -math.inf, high: int | float = math.inf
+    ) -> None:
         """A new constraint."""
         self.rows.append((coefficients, low, high))
 

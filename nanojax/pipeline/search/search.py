@@ -6,13 +6,13 @@ candidates: the answer is never worse than any of them.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from nanojax.pipeline.interference import NO_INTERFERENCE
 from nanojax.pipeline.ir import Pipeline, Resource
 from nanojax.pipeline.library import PIPELINES
-from nanojax.pipeline.search.order import Order, best_order
-from nanojax.pipeline.search.problem import Problem, Structure, area_bound_s, work_bound_s
+from nanojax.pipeline.search.order import best_order
+from nanojax.pipeline.search.problem import SHARE_LEVELS, Problem, Structure, area_bound_s, work_bound_s
 from nanojax.pipeline.search.program import LEAST_GAIN
 from nanojax.pipeline.search.shares import improved_shares, judged
 from nanojax.pipeline.search.structure import arranged, split_near_bubbles, starting_structures, structure_of
@@ -22,8 +22,8 @@ __all__ = ["Found", "known_pipelines", "search"]
 
 NUM_CUTS = 8
 """Cuts of the batch to start from; finer ones are tried around the best."""
-NUM_FINALISTS = 6
-NUM_POLISHED = 2
+NUM_ANTICIPATED, NUM_FINALISTS, NUM_POLISHED = 12, 4, 2
+"""Structures that stage II looks at, orders of them whose shares it improves, and how many of those thoroughly."""
 ANTICIPATED = ((0.4, 0.2), (0.4, 0.1), (0.2, 0.2))
 """Shares of memory- and network-bound nodes under which stage II looks for an order to start from."""
 ANTICIPATED_COMPUTE = 0.8
@@ -158,13 +158,18 @@ def _stage2(
             best = min(best, timeline, key=lambda one: one.layer_time_s)
             report("stage II", best.layer_time_s, bound_s)
 
-    starts = [*_anticipated(problem, stage1.structures, remaining_s)]
     report("stage II", best.layer_time_s, bound_s)
-    finalists = [improve(one, 20) for one in [best, *starts[:NUM_FINALISTS]]]
+    promising = _anticipated(problem, stage1.structures[:NUM_ANTICIPATED], remaining_s)
+    finalists = [improve(one, 1) for one in [*promising[:NUM_FINALISTS], best]]
+    before_s = math.inf
+    while best.layer_time_s < before_s * (1 - LEAST_GAIN):
+        before_s = best.layer_time_s
+        for one in _anticipated(problem, split_near_bubbles(problem, best), remaining_s)[:NUM_POLISHED]:
+            finalists.append(improve(one, 1))
     finalists.sort(key=lambda one: one.layer_time_s)
     for one in finalists[:NUM_POLISHED]:
-        improve(one, 200)
-    return _found(stage1, best, bound_s, is_complete)
+        improve(one, 100)
+    return _found(stage1, best, bound_s, is_complete and remaining_s() > 0)
 
 
 def _anticipated(problem: Problem, structures: Sequence[Structure], remaining_s: Callable[[], float]) -> list[Timeline]:
@@ -186,10 +191,13 @@ def _anticipated(problem: Problem, structures: Sequence[Structure], remaining_s:
                 s / problem.interference.performance(op.resource, usual[op.resource]) if s else 0.0
                 for (op, _), s in zip(structure, durations_s, strict=True)
             ]
-            order: Order = best_order(problem, structure, longer_s, time_limit_s=remaining_s())
+            order = best_order(problem, structure, longer_s, node_limit=20, time_limit_s=remaining_s())
             if order.starts is None:
                 continue
-            shares = [round(share[op.resource], 1) or 0.1 for op, _ in structure]
+            shares = [
+                round(share[op.resource], 1) if s else SHARE_LEVELS[0]
+                for (op, _), s in zip(structure, durations_s, strict=True)
+            ]
             timeline = judged(problem, arranged(problem, structure, order.starts, shares))
             if timeline is not None:
                 found[timeline.pipeline] = (order.layer_time_s, timeline)

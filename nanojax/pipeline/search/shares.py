@@ -21,12 +21,17 @@ from nanojax.pipeline.search.structure import arranged
 from nanojax.pipeline.simulate import Timeline
 from nanojax.pipeline.validate import validate
 
-__all__ = ["judged", "improved_shares"]
+__all__ = ["improved_shares", "judged"]
 
-MOST_GAIN = 1.5
+MOST_GAIN = 1.15
 """One round does not look for a layer that is shorter by more than this factor."""
+WIDTH = 0.2
+"""Nor for shares that differ by more from what they are."""
 CLOSENESS = 0.05
 """In layers: pairs that overlap by less, or are less apart, choose anew."""
+
+REPAIRS = 3
+"""Times that nodes which would start together without room are made to take turns."""
 
 Turn = tuple[int, int, int]
 """(i, j, k): node j of layer l + k starts after node i of layer l has ended."""
@@ -38,7 +43,6 @@ def improved_shares(
     """A better timeline of the same nodes in the same order; None if the neighbourhood has none."""
     pipeline = timeline.pipeline
     nodes = pipeline.nodes
-    scaled = [seconds / timeline.layer_time_s for seconds in timeline.alone_s]
     program = Program()
     w = program.column(1 + LEAST_GAIN, MOST_GAIN)
     starts = [program.column(-1.0, 2.0) for _ in nodes]  # within the iteration, in layers
@@ -81,7 +85,10 @@ def improved_shares(
     if x is None:
         return None
     chosen = [max(levels, key=lambda column: x[column]) for levels in shares]
-    values = [levels[column] for levels, column in zip(shares, chosen, strict=True)]
+    values = [
+        levels[column] if seconds else SHARE_LEVELS[0]
+        for levels, column, seconds in zip(shares, chosen, timeline.alone_s, strict=True)
+    ]
     apart = [
         (i, j, layers + nodes[i].lag - nodes[j].lag)
         for (i, j), layers in turns.items()
@@ -92,12 +99,39 @@ def improved_shares(
 
 
 def judged(problem: Problem, pipeline: Pipeline) -> Timeline | None:
-    """The simulator's word; None for a pipeline that is not valid."""
-    try:
-        validate(pipeline, num_devices=problem.num_devices)
-    except ValueError:
-        return None
-    return problem.timeline(pipeline)
+    """The simulator's word.  Nodes that would start together, but have no room, take turns as they did there.
+
+    None for a pipeline that is not valid even then.
+    """
+    validate(pipeline, num_devices=problem.num_devices, check_shares=False)
+    timeline = problem.timeline(pipeline)
+    for _ in range(REPAIRS):
+        try:
+            validate(timeline.pipeline, num_devices=problem.num_devices)
+            return timeline
+        except ValueError:
+            timeline = problem.timeline(_with_waits(timeline))
+    return None
+
+
+def _with_waits(timeline: Timeline) -> Pipeline:
+    """The pipeline whose nodes wait for those that they waited for, as there was no room beside them, deep in the loop."""
+    nodes, least_s = timeline.pipeline.nodes, 1e-9 * timeline.makespan_s
+    middle = (max(span.layer for span in timeline.spans) + 1) // 2
+    deps = [(set(node.deps), set(node.carried_deps)) for node in nodes]
+    for span in timeline.spans:
+        iteration = span.layer + nodes[span.node].lag
+        if iteration == middle and span.start_s - span.ready_s > least_s:
+            for other in timeline.spans:
+                distance = iteration - other.layer - nodes[other.node].lag
+                is_earlier = distance == 1 or (distance == 0 and other.node < span.node)
+                if abs(other.stop_s - span.start_s) <= least_s and other.stop_s > other.start_s and is_earlier:
+                    deps[span.node][distance].add(other.node)
+    waiting = (
+        dataclasses.replace(node, deps=tuple(sorted(same)), carried_deps=tuple(sorted(carried)))
+        for node, (same, carried) in zip(nodes, deps, strict=True)
+    )
+    return dataclasses.replace(timeline.pipeline, nodes=tuple(waiting))
 
 
 def _choices(
@@ -107,16 +141,17 @@ def _choices(
     durations, shares, area = [], [], {}
     for node, alone_s in zip(timeline.pipeline.nodes, timeline.alone_s, strict=True):
         duration = alone_s / timeline.layer_time_s
-        chosen = [program.column(0.0, 1.0, is_integral=True) for _ in SHARE_LEVELS]
-        rates = [program.column(0.0, MOST_GAIN) for _ in SHARE_LEVELS]
+        levels = [share for share in SHARE_LEVELS if abs(share - node.share) < WIDTH + LEAST_GAIN]
+        chosen = [program.column(0.0, 1.0, is_integral=True) for _ in levels]
+        rates = [program.column(0.0, MOST_GAIN) for _ in levels]
         program.row(dict.fromkeys(chosen, 1.0), low=1, high=1)
         program.row(dict.fromkeys(rates, 1.0) | {w: -1.0}, low=0, high=0)
         for x, z in zip(chosen, rates, strict=True):
             program.row({z: 1.0, x: -MOST_GAIN}, high=0)
-        shares.append(dict(zip(chosen, SHARE_LEVELS, strict=True)))
-        lasts = [duration / problem.interference.performance(node.op.resource, share) for share in SHARE_LEVELS]
+        shares.append(dict(zip(chosen, levels, strict=True)))
+        lasts = [duration / problem.interference.performance(node.op.resource, share) for share in levels]
         durations.append(dict(zip(rates, lasts, strict=True)) if duration else {})
-        area |= {z: share * last for z, share, last in zip(rates, SHARE_LEVELS, lasts, strict=True) if last}
+        area |= {z: share * last for z, share, last in zip(rates, levels, lasts, strict=True) if last}
     program.row(area, high=1)
     return durations, shares
 

@@ -93,8 +93,8 @@ def released():
 
 
 def test_stage_2_equals_brute_force():
-    """Three nodes that take time: one of each nano-batch computes while the other one's attention reads memory."""
-    seconds = {(OpKind.DEC_ATTN, 0): 2.0, (OpKind.UG, 0): 4.0, (OpKind.UG, 1): 3.0}
+    """One nano-batch's attention reads memory while the other one's feed-forward computes: 3 s / 0.7 is the best."""
+    seconds = {(OpKind.DEC_ATTN, 0): 2.0, (OpKind.UG, 1): 3.0}
     problem = toy(seconds, PAPER_TABLE_3_AND_TEXT)
     structure = nano_batched(problem, (128,), (None, None))
     order = best_order(problem, structure, problem.durations_s(structure))
@@ -106,12 +106,13 @@ def test_stage_2_equals_brute_force():
             shares[i] = level
         return judged(problem, arranged(problem, structure, order.starts, shares))
 
-    every = [with_shares(levels) for levels in itertools.product(SHARE_LEVELS, repeat=3)]
+    every = [with_shares(levels) for levels in itertools.product(SHARE_LEVELS, repeat=2)]
     best_s = min(timeline.layer_time_s for timeline in every if timeline is not None)
-    timeline = with_shares((0.4, 0.6, 0.6))
+    timeline = with_shares((0.6, 0.4))
     while (better := improved_shares(problem, timeline)) is not None and better.layer_time_s < timeline.layer_time_s:
         timeline = better
     assert timeline.layer_time_s == pytest.approx(best_s, rel=1e-3)
+    assert best_s == pytest.approx(3 / 0.7)
     assert area_bound_s(problem, structure, problem.durations_s(structure)) <= best_s * (1 + 1e-9)
 
 

@@ -3,26 +3,39 @@
 import dataclasses
 import itertools
 import math
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import config
 
+from nanojax.config import PRESETS
+from nanojax.hardware import PAPER_TABLE_1
 from nanojax.pipeline.cost_model import steady_shape
 from nanojax.pipeline.dependencies import needs
 from nanojax.pipeline.interference import NO_INTERFERENCE, PAPER_TABLE_3_AND_TEXT
 from nanojax.pipeline.ir import NanoBatch, OpKind
+from nanojax.pipeline.json_format import from_json, to_json
 from nanojax.pipeline.library import llama_70b_figure6, sequential
-from nanojax.pipeline.published_profile import released_profile
+from nanojax.pipeline.published_profile import released_profile, table2_profile
 from nanojax.pipeline.search.heuristic import heuristic_search
 from nanojax.pipeline.search.order import best_order
 from nanojax.pipeline.search.problem import SHARE_LEVELS, Problem, area_bound_s, work_bound_s
 from nanojax.pipeline.search.search import known_pipelines, search
-from nanojax.pipeline.search.shares import improved_shares, judged
+from nanojax.pipeline.search.shares import EVERYTHING, improved_shares, judged
 from nanojax.pipeline.search.structure import arranged, data_flow, nano_batched, structure_of
 from nanojax.pipeline.validate import validate
 
 LIVE = (OpKind.KQV, OpKind.DEC_ATTN, OpKind.UG)
+
+
+@pytest.fixture
+def unchecked():
+    """Type checks of each call would take most of the time here: thousands of simulations."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 def toy(seconds, interference=NO_INTERFERENCE):
@@ -64,7 +77,8 @@ def brute_force_order_s(problem, structure):
     return best_s
 
 
-@settings(max_examples=3, deadline=None, derandomize=True)
+@pytest.mark.usefixtures("unchecked")
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from((1.0, 2.0, 3.0, 5.0)), min_size=5, max_size=5))
 def test_stage_1_equals_brute_force(seconds):
     """Five nodes that take time; of the second half, UG takes none."""
@@ -109,23 +123,48 @@ def test_stage_2_equals_brute_force():
     every = [with_shares(levels) for levels in itertools.product(SHARE_LEVELS, repeat=2)]
     best_s = min(timeline.layer_time_s for timeline in every if timeline is not None)
     timeline = with_shares((0.6, 0.4))
-    while (better := improved_shares(problem, timeline)) is not None and better.layer_time_s < timeline.layer_time_s:
+    while (
+        better := improved_shares(problem, timeline, EVERYTHING)
+    ) is not None and better.layer_time_s < timeline.layer_time_s:
         timeline = better
     assert timeline.layer_time_s == pytest.approx(best_s, rel=1e-3)
     assert best_s == pytest.approx(3 / 0.7)
     assert area_bound_s(problem, structure, problem.durations_s(structure)) <= best_s * (1 + 1e-9)
 
 
-def test_a_search_is_valid_repeatable_and_beats_what_is_known():
-    problem = dataclasses.replace(released(), grid=1024)
-    found = search(problem)
-    validate(found.timeline.pipeline, num_devices=8)
-    assert found.is_complete
-    assert found.timeline == search(problem).timeline
+def one_device():
+    """LLaMA-3-8B on one A100: nothing but compute and memory, a batch with one cut."""
+    work = table2_profile(PRESETS["llama-3-8b"], PAPER_TABLE_1["a100-80"], 1)
+    return Problem(512, work.durations(steady_shape(512, 512, 512)), PAPER_TABLE_3_AND_TEXT, grid=256)
+
+
+def check(problem, found):
+    validate(found.timeline.pipeline, num_devices=problem.num_devices)
     known_s = [problem.timeline(pipeline).layer_time_s for pipeline in known_pipelines(problem)]
     assert found.bound_s <= found.timeline.layer_time_s <= min(known_s)
     assert found.timeline.layer_time_s == problem.timeline(found.timeline.pipeline).layer_time_s
-    assert found.order_bound_s <= found.order_s <= 2.347e-3
+    assert from_json(to_json(found.timeline.pipeline)) == found.timeline.pipeline
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_search_is_repeatable_and_gains():
+    problem = one_device()
+    found = search(problem)
+    check(problem, found)
+    assert found.is_complete
+    assert found.timeline == search(problem).timeline
+    sequential_s = problem.timeline(sequential(512)).layer_time_s
+    assert sequential_s / found.timeline.layer_time_s > 1.15
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_the_released_timings_of_70b():
+    problem = released()
+    stop_s = time.monotonic() + 40
+    found = search(problem, lambda: stop_s - time.monotonic())
+    check(problem, found)
+    assert found.order_bound_s <= found.order_s <= 2.347e-3  # the authors' stage I
 
 
 def test_without_time_the_best_ready_made_pipeline_is_the_answer():
@@ -150,10 +189,10 @@ def test_a_duration_that_is_none_names_the_node():
         search(toy({(OpKind.KQV, 0): math.inf}))
 
 
-def test_the_heuristic_is_valid_and_the_search_is_not_worse():
-    problem = dataclasses.replace(released(), grid=1024)
-    timeline = heuristic_search(problem, num_trials=60)
-    validate(timeline.pipeline, num_devices=8)
+@pytest.mark.usefixtures("unchecked")
+def test_the_heuristic_lies_between_no_overlap_and_the_search():
+    problem = dataclasses.replace(one_device(), grid=128)
+    timeline = heuristic_search(problem, num_trials=300)
+    validate(timeline.pipeline, num_devices=1)
     assert search(problem).timeline.layer_time_s <= timeline.layer_time_s
-    plain = sequential(2048, collectives="gather")
-    assert timeline.layer_time_s < problem.timeline(plain).layer_time_s * 1.5
+    assert timeline.layer_time_s <= problem.timeline(sequential(512)).layer_time_s

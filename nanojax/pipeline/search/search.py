@@ -14,7 +14,7 @@ from nanojax.pipeline.library import PIPELINES
 from nanojax.pipeline.search.order import best_order
 from nanojax.pipeline.search.problem import SHARE_LEVELS, Problem, Structure, area_bound_s, work_bound_s
 from nanojax.pipeline.search.program import LEAST_GAIN
-from nanojax.pipeline.search.shares import improved_shares, judged
+from nanojax.pipeline.search.shares import EVERYTHING, Neighbourhood, improved_shares, judged
 from nanojax.pipeline.search.structure import arranged, split_near_bubbles, starting_structures, structure_of
 from nanojax.pipeline.simulate import Timeline
 
@@ -24,6 +24,8 @@ NUM_CUTS = 8
 """Cuts of the batch to start from; finer ones are tried around the best."""
 NUM_ANTICIPATED, NUM_FINALISTS, NUM_POLISHED = 12, 4, 2
 """Structures that stage II looks at, orders of them whose shares it improves, and how many of those thoroughly."""
+NUM_EXACT = 6
+"""So few nodes with work get shares from one program over all of them."""
 ANTICIPATED = ((0.4, 0.2), (0.4, 0.1), (0.2, 0.2))
 """Shares of memory- and network-bound nodes under which stage II looks for an order to start from."""
 ANTICIPATED_COMPUTE = 0.8
@@ -151,7 +153,9 @@ def _stage2(
             if remaining_s() <= 0:
                 is_complete = False
                 return timeline
-            better = improved_shares(problem, timeline, node_limit=node_limit, time_limit_s=remaining_s())
+            few = sum(seconds > 0 for seconds in timeline.alone_s) <= NUM_EXACT
+            near = EVERYTHING if few else Neighbourhood()
+            better = improved_shares(problem, timeline, near, node_limit=node_limit, time_limit_s=remaining_s())
             if better is None or better.layer_time_s >= timeline.layer_time_s * (1 - LEAST_GAIN):
                 return timeline
             timeline = better

@@ -21,15 +21,25 @@ from nanojax.pipeline.search.structure import arranged
 from nanojax.pipeline.simulate import Timeline
 from nanojax.pipeline.validate import validate
 
-__all__ = ["improved_shares", "judged"]
+__all__ = ["EVERYTHING", "Neighbourhood", "improved_shares", "judged"]
 
-MOST_GAIN = 1.15
-"""One round does not look for a layer that is shorter by more than this factor."""
-WIDTH = 0.2
-"""Nor for shares that differ by more from what they are."""
-CLOSENESS = 0.05
-"""In layers: pairs that overlap by less, or are less apart, choose anew."""
 
+@dataclasses.dataclass(frozen=True)
+class Neighbourhood:
+    """How far one program looks from the timeline that it starts from.
+
+    most_gain: not for a layer that is shorter by more than this factor, so that many short rounds are made of a long one.
+    width: not for shares that differ by more.
+    closeness: in layers; only pairs that overlap by less, or are less apart, choose anew whether they meet.
+    """
+
+    most_gain: float = 1.15
+    width: float = 0.2
+    closeness: float = 0.05
+
+
+EVERYTHING = Neighbourhood(most_gain=10.0, width=1.0, closeness=1.0)
+"""All shares and meetings at once: for a handful of nodes."""
 REPAIRS = 3
 """Times that nodes which would start together without room are made to take turns."""
 
@@ -38,16 +48,21 @@ Turn = tuple[int, int, int]
 
 
 def improved_shares(
-    problem: Problem, timeline: Timeline, *, node_limit: int = 100, time_limit_s: float = 60.0
+    problem: Problem,
+    timeline: Timeline,
+    near: Neighbourhood = Neighbourhood(),
+    *,
+    node_limit: int = 100,
+    time_limit_s: float = 60.0,
 ) -> Timeline | None:
     """A better timeline of the same nodes in the same order; None if the neighbourhood has none."""
     pipeline = timeline.pipeline
     nodes = pipeline.nodes
     program = Program()
-    w = program.column(1 + LEAST_GAIN, MOST_GAIN)
+    w = program.column(1 + LEAST_GAIN, near.most_gain)
     starts = [program.column(-1.0, 2.0) for _ in nodes]  # within the iteration, in layers
     program.lower[starts[0]] = program.upper[starts[0]] = 0.0
-    durations, shares = _choices(program, problem, timeline, w)
+    durations, shares = _choices(program, problem, timeline, w, near)
 
     def after(second: int, first: int, layers: int, unless: dict[int, float] | None = None) -> None:
         lasts = {column: -seconds for column, seconds in durations[first].items()}
@@ -68,10 +83,10 @@ def improved_shares(
     turns: dict[tuple[int, int], int] = {}
     for i, j, layers, gap in _pairs(timeline):
         turns[i, j] = layers
-        if gap >= CLOSENESS:
+        if gap >= near.closeness:
             unless = None
         else:
-            together[i, j] = program.column(1.0 if gap <= -CLOSENESS else 0.0, 1.0, is_integral=True)
+            together[i, j] = program.column(1.0 if gap <= -near.closeness else 0.0, 1.0, is_integral=True)
             unless = {together[i, j]: 1.0}
             program.row({**shares[i], **shares[j], **unless}, high=2)
         after(j, i, layers, unless)
@@ -135,19 +150,19 @@ def _with_waits(timeline: Timeline) -> Pipeline:
 
 
 def _choices(
-    program: Program, problem: Problem, timeline: Timeline, w: int
+    program: Program, problem: Problem, timeline: Timeline, w: int, near: Neighbourhood
 ) -> tuple[list[dict[int, float]], list[dict[int, float]]]:
     """For each node its duration and its share, as coefficients of new columns; the area they take is at most 1."""
     durations, shares, area = [], [], {}
     for node, alone_s in zip(timeline.pipeline.nodes, timeline.alone_s, strict=True):
         duration = alone_s / timeline.layer_time_s
-        levels = [share for share in SHARE_LEVELS if abs(share - node.share) < WIDTH + LEAST_GAIN]
+        levels = [share for share in SHARE_LEVELS if abs(share - node.share) < near.width + LEAST_GAIN]
         chosen = [program.column(0.0, 1.0, is_integral=True) for _ in levels]
-        rates = [program.column(0.0, MOST_GAIN) for _ in levels]
+        rates = [program.column(0.0, near.most_gain) for _ in levels]
         program.row(dict.fromkeys(chosen, 1.0), low=1, high=1)
         program.row(dict.fromkeys(rates, 1.0) | {w: -1.0}, low=0, high=0)
         for x, z in zip(chosen, rates, strict=True):
-            program.row({z: 1.0, x: -MOST_GAIN}, high=0)
+            program.row({z: 1.0, x: -near.most_gain}, high=0)
         shares.append(dict(zip(chosen, levels, strict=True)))
         lasts = [duration / problem.interference.performance(node.op.resource, share) for share in levels]
         durations.append(dict(zip(rates, lasts, strict=True)) if duration else {})

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from nanojax.pipeline.dependencies import with_dependencies
+from nanojax.pipeline.dependencies import Need, needs, with_dependencies
 from nanojax.pipeline.ir import NanoBatch, Node, OpKind, Pipeline, Resource
 from nanojax.pipeline.library import COMPUTE_STREAM, MEMORY_STREAM, NETWORK_STREAM
 from nanojax.pipeline.search.problem import Part, Problem, Structure
@@ -90,8 +90,14 @@ def arranged(
     turns: (i, j, k) makes node j of layer l + k wait for node i of layer l, though it reads nothing of it.
     Raises ValueError where the data flow allows no such order.
     """
+    flow = needs(data_flow(problem, structure))
     lags = [int(start + LAG_ROUNDING) for start in starts]
-    launch = sorted(range(len(structure)), key=lambda i: (round(starts[i] - lags[i], LAUNCH_DIGITS), i))
+    for need in sorted(
+        flow, key=lambda need: need.consumer
+    ):  # data flows from left to right; a solver's starts may not, by a hair
+        if need.distance == 0:
+            lags[need.consumer] = max(lags[need.consumer], lags[need.producer])
+    launch = _launch_order([start - lag for start, lag in zip(starts, lags, strict=True)], lags, flow)
     place = {i: at for at, i in enumerate(launch)}
     waits: dict[tuple[int, int], list[int]] = {}
     for first, second, layers in turns:
@@ -112,6 +118,24 @@ def arranged(
         for i in launch
     )
     return with_dependencies(Pipeline("searched", problem.num_tokens, ranges, nodes))
+
+
+def _launch_order(offsets: Sequence[float], lags: Sequence[int], flow: Sequence[Need]) -> list[int]:
+    """By offset in the iteration; where offsets are equal, as around nodes without work, what is read in it goes first.
+
+    Raises ValueError where nodes of an iteration would wait for each other.
+    """
+    before: list[set[int]] = [set() for _ in offsets]
+    for need in flow:
+        if need.distance + lags[need.consumer] - lags[need.producer] == 0:
+            before[need.consumer].add(need.producer)
+    launch: list[int] = []
+    while len(launch) < len(offsets):
+        ready = [i for i in range(len(offsets)) if i not in launch and before[i] <= set(launch)]
+        if not ready:
+            raise ValueError(f"these lags let nodes wait for each other: {tuple(lags)}")
+        launch.append(min(ready, key=lambda i: (round(offsets[i], LAUNCH_DIGITS), i)))
+    return launch
 
 
 def _sorted(parts: Iterable[Part]) -> Structure:

@@ -12,14 +12,13 @@ import functools
 import heapq
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nanojax import engine as core
-from nanojax import invariants, scheduler
+from nanojax import intake, invariants, scheduler
 from nanojax.array_types import Params
 from nanojax.config import EngineConfig, ModelConfig
 from nanojax.engine import Arrivals, Finish, Forward
@@ -148,31 +147,10 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises ValueError, naming the value and the limit, if this engine can never serve `request`."""
-        who, how = f"request {request.request_id!r}", request.sampling
-        total = len(request.prompt_ids) + how.max_tokens
-        if total > self.config.max_len:
-            raise ValueError(
-                f"{who}: prompt of {len(request.prompt_ids)} tokens plus max_tokens={how.max_tokens} exceeds "
-                f"max_len={self.config.max_len}"
-            )
-        num_pages = -(-total // self.config.page_size)
-        if num_pages > self.config.num_pages:
-            raise ValueError(
-                f"{who}: needs {num_pages} pages at its longest, the pool has num_pages={self.config.num_pages}"
-            )
-        for name, ids in (("prompt token", request.prompt_ids), ("stop token", how.stop_tokens)):
-            unknown = next((i for i in ids if not 0 <= i < self.model.vocab_size), None)
-            if unknown is not None:
-                raise ValueError(f"{who}: {name} {unknown} is outside the vocabulary [0, {self.model.vocab_size})")
-        if len(self._stop_tokens(request)) > self.config.max_stop_tokens:
-            raise ValueError(
-                f"{who}: {len(self._stop_tokens(request))} stop tokens (end-of-sequence included) exceed "
-                f"max_stop_tokens={self.config.max_stop_tokens}"
-            )
-        if how.stop and self.tokenizer is None:
-            raise ValueError(f"{who}: stop strings {how.stop} need a tokenizer")
+        stop_tokens = self._stop_tokens(request)
+        intake.check(self.config, self.model, request, stop_tokens, can_decode=self.tokenizer is not None)
         if request.request_id in self._serial_of:
-            raise ValueError(f"{who}: a request with this id is not finished yet")
+            raise ValueError(f"request {request.request_id!r}: a request with this id is not finished yet")
 
     def submit(self, request: Request) -> None:
         """Queues a request; it arrives now.  Raises ValueError as `check` does."""
@@ -269,7 +247,7 @@ class Engine:
     def _fill_slots(self) -> None:
         while self._queue and self._free_slots:
             serials = []
-            while self._queue and self._free_slots and len(serials) < _LOAD_ROWS:
+            while self._queue and self._free_slots and len(serials) < intake.LOAD_ROWS:
                 _, serial = heapq.heappop(self._queue)
                 if serial in self._live:  # else cancelled while queued
                     self._live[serial].slot = self._free_slots.pop()
@@ -281,37 +259,13 @@ class Engine:
                 self._num_todo += num_tokens
 
     def _arrivals(self, serials: Sequence[int]) -> Arrivals:
-        """Rows for `serials`, padded to `_LOAD_ROWS`."""
-        config, rows = self.config, _LOAD_ROWS
         live = [self._live[serial] for serial in serials]
-        how = [entry.request.sampling for entry in live]
-        tokens: Any = np.zeros((rows, config.max_len), np.int32)
-        stop_tokens: Any = np.full((rows, config.max_stop_tokens), NO_TOKEN, np.int32)
-        for row, entry in enumerate(live):
-            tokens[row, : len(entry.request.prompt_ids)] = entry.request.prompt_ids
-            stops = self._stop_tokens(entry.request)
-            stop_tokens[row, : len(stops)] = stops
-
-        def column(values, fill, dtype: Any = np.int32) -> Any:
-            return np.array([*values, *[fill] * (rows - len(live))], dtype)
-
-        prompt_lens = [len(entry.request.prompt_ids) for entry in live]
-        expected = [entry.request.expected_output_len or entry.request.sampling.max_tokens for entry in live]
-        return Arrivals(
-            slot=column([entry.slot for entry in live], config.num_slots),
-            request_id=column(serials, -1),
-            arrival=column(serials, 0),
-            tokens=tokens,
-            prompt_len=column(prompt_lens, 0),
-            max_tokens=column([n + h.max_tokens for n, h in zip(prompt_lens, how, strict=True)], 0),
-            expected_tokens=column([n + e for n, e in zip(prompt_lens, expected, strict=True)], 0),
-            temperature=column([h.temperature for h in how], 0.0, np.float32),
-            top_k=column([h.top_k for h in how], 0),
-            top_p=column([h.top_p for h in how], 1.0, np.float32),
-            seed=column([h.seed for h in how], 0, np.uint32),
-            stop_tokens=stop_tokens,
-            wants_logprob=column([h.logprobs for h in how], False, bool),
-        )
+        rows = [
+            intake.Row(serial, entry.slot, entry.request, self._stop_tokens(entry.request))
+            for serial, entry in zip(serials, live, strict=True)
+            if entry.slot is not None
+        ]
+        return intake.arrivals(self.config, rows)
 
     def _stop_tokens(self, request: Request) -> tuple[int, ...]:
         eos = () if request.sampling.ignore_eos or self.tokenizer is None else self.tokenizer.eos_ids
@@ -402,9 +356,6 @@ def _launch_fn(
         return functools.partial(core.run, config, policy, forward, budget, steps_per_launch)
     return functools.partial(core.step, config, policy, forward, budget)
 
-
-_LOAD_ROWS = 8
-"""Requests that one `load` call can carry; each row holds a whole prompt buffer."""
 
 _REASONS = {Finish.NOT: None, Finish.STOP: "stop", Finish.LENGTH: "length"}
 

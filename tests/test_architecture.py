@@ -32,7 +32,7 @@ RANKS = [
         "nanojax.pipeline.simulate",
         "nanojax.pipeline.render",
     ],
-    ["nanojax.invariants"],
+    ["nanojax.invariants", "nanojax.intake"],
     ["nanojax.serve", "nanojax.simulate"],
     ["nanojax.fleet"],
     ["experiments"],

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from nanojax import virtual_clock, virtual_engine
+from nanojax import virtual_clock, virtual_engine, virtual_run
 from nanojax.array_types import Array, Bool, Int32
 from nanojax.config import EngineConfig
 from nanojax.invariants import InvariantError
@@ -286,7 +286,7 @@ def _advance(
     def one(trace: TraceArrays, leaves: list[jax.Array]) -> tuple[list[jax.Array], _Report]:
         state = _state(config, trace, leaves)
         state = dataclasses.replace(state, requests=dataclasses.replace(state.requests, arrival=trace.arrival))
-        state = virtual_engine.advance(config, policy, host, step_time, trace, until, state)
+        state = virtual_run.advance(config, policy, host, step_time, trace, until, state)
         return jax.tree.leaves(state), _Report(state.num_done, state.num_steps, state.is_stuck, state.requests)
 
     return jax.vmap(one)(traces, arrays)

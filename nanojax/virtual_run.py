@@ -74,7 +74,9 @@ def advance(
 
 def has_work(state: SimulatorState, until: Seconds) -> Bool[Array, ""]:
     """A request is there, or comes, before `until`."""
-    start = virtual_clock.where(virtual_engine.is_idle(state), virtual_requests.next_arrival(state.requests), state.clock)
+    start = virtual_clock.where(
+        virtual_engine.is_idle(state), virtual_requests.next_arrival(state.requests), state.clock
+    )
     start = virtual_clock.latest(start, state.clock)
     return jnp.isfinite(start.high) & (virtual_clock.elapsed_s(start, until) < 0)
 

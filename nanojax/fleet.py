@@ -32,7 +32,6 @@ from nanojax.virtual_engine import Host, SimulatorState
 from nanojax.virtual_requests import Requests, TraceArrays
 from nanojax.workload import Rounds, Trace
 
-
 MIN_SLOTS = 64
 """What replicas start with."""
 

@@ -3,9 +3,9 @@
 Figure: tokens computed over time with all requests there at once, and normalized latency at a request rate, measured and simulated.
 Claim: step times profiled on this engine predict throughput within 5 % and the median normalized latency within 10 %, on
 a trace that was not profiled.
-Command: python -m experiments.validate_simulator [--trace=sharegpt --request_rate_fraction=0.7]
+Command: python -m experiments.validate_simulator [--repeats=3 --request_rate_fraction=0.7]
 Hardware: any, one device; the defaults (SmolLM2-135M) are meant for a CPU.    Minutes: 3.
-Expected: both within their aims on a machine that runs nothing else.
+Expected: both within their aims on a machine that runs nothing else; on a shared one the pairs scatter by 15 %.
 
 How: the profiling runs (`experiments/step_profile.py`) are timed before and after each run that is predicted, and both
 together predict it: a shared machine can change its speed by half within minutes.  A repeat is an offline and an online run;

@@ -217,9 +217,9 @@ def _simulate_all(cases: Sequence[Case], vmap_steps: int | None) -> list[Simulat
             return list(pool.map(one, cases))
     groups: dict[tuple, list[int]] = {}
     for i, its in enumerate(cases):
-        groups.setdefault((its.config, its.policy, its.host), []).append(i)
+        groups.setdefault((its.config, its.policy, its.host, type(its.work)), []).append(i)
     found: dict[int, Simulation] = {}
-    for (config, policy, host), members in tqdm(groups.items(), unit=" programs"):
+    for (config, policy, host, _), members in tqdm(groups.items(), unit=" programs"):
         works = [cases[i].work for i in members]
         steps = [cases[i].step for i in members]
         with serving_flags.one_line_errors():

@@ -90,7 +90,7 @@ def simulate_many(
     config: EngineConfig,
     policy: Policy,
     step_times: StepTime | Sequence[StepTime],
-    traces: Sequence[Trace],
+    traces: Sequence[Trace | Rounds],
     *,
     host: Host = PLAIN_HOST,
     max_output_len: int | None = None,

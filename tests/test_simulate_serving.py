@@ -62,7 +62,13 @@ def test_conversations_come_back_from_the_offload_tier(tmp_path):
 
 
 def test_a_fleet_is_simulated(tmp_path):
-    arguments = ("--arrival=poisson", "--request_rate=6", "--num_replicas=3", "--fleet_duration_s=20", f"--out={tmp_path}")
+    arguments = (
+        "--arrival=poisson",
+        "--request_rate=6",
+        "--num_replicas=3",
+        "--fleet_duration_s=20",
+        f"--out={tmp_path}",
+    )
     record = simulate_serving.run(parsed(simulate_serving, *SMALL, *arguments))
     assert record["metrics"]["num_requests_done"] == 12
     assert record["series"]["fleet"]["num_done"][-1] == 12

@@ -32,7 +32,7 @@ RANKS = [
         "nanojax.pipeline.simulate",
         "nanojax.pipeline.render",
     ],
-    ["nanojax.invariants", "nanojax.intake"],
+    ["nanojax.invariants", "nanojax.intake", "nanojax.virtual_run"],
     ["nanojax.serve", "nanojax.simulate"],
     ["nanojax.fleet"],
     ["experiments"],

@@ -28,11 +28,10 @@ RANKS = [
     [
         "nanojax.virtual_engine",
         "nanojax.engine",
-        "nanojax.pipeline.search",
         "nanojax.pipeline.simulate",
         "nanojax.pipeline.render",
     ],
-    ["nanojax.invariants", "nanojax.intake", "nanojax.virtual_run"],
+    ["nanojax.invariants", "nanojax.intake", "nanojax.virtual_run", "nanojax.pipeline.search"],
     ["nanojax.serve", "nanojax.simulate"],
     ["nanojax.fleet"],
     ["experiments"],

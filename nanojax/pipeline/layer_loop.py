@@ -108,7 +108,10 @@ def phases(pipeline: Pipeline, num_layers: int) -> Iterator[list[Step]]:
         needed = [(iteration, dep) for dep in nodes[i].deps] + [(iteration - 1, dep) for dep in nodes[i].carried_deps]
         if any(
             step in phase
-            and (nodes[step[1]].stream != nodes[i].stream or (nodes[i].op in ATTENTION and nodes[step[1]].op is OpKind.KQV))
+            and (
+                nodes[step[1]].stream != nodes[i].stream
+                or (nodes[i].op in ATTENTION and nodes[step[1]].op is OpKind.KQV)
+            )
             for step in needed
         ):
             yield phase

@@ -225,10 +225,7 @@ def _read(dump: pathlib.Path, suffix: str) -> str:
 
 def _starts(hlo: str) -> dict[str, str]:
     """Async starts of the entry computation: name -> operation."""
-    return {
-        name: op
-        for name, op in re.findall(r"^  (?:ROOT )?%([\w.-]+) = .*? ([\w-]+-start)\(", _entry(hlo), re.MULTILINE)
-    }
+    return dict(re.findall(r"^  (?:ROOT )?%([\w.-]+) = .*? ([\w-]+-start)\(", _entry(hlo), re.MULTILINE))
 
 
 def _entry(hlo: str) -> str:

@@ -65,7 +65,7 @@ def parse(text: str) -> tuple[Thunk, ...]:
                 text=match["rest"].strip(),
                 stream=stream and stream[1],
                 region=region and int(region[1]),
-            )  # fmt: skip
+            )
         )
         stack.append(indent)
     if not thunks:

@@ -95,6 +95,7 @@ def engine(values: flags.FlagValues, loaded: LoadedModel) -> Engine:
         driver=Driver(values.driver),
         attention=values.attention,
         pipelines=pipelines(values, loaded),
+        use_streams=jax.default_backend() == "gpu" if values.streams is None else values.streams,
         kv_dtype=kv_dtype(values),
         check_invariants=values.check_invariants,
     )

@@ -25,6 +25,7 @@ from nanojax.engine import Arrivals, Finish, Forward
 from nanojax.invariants import InvariantError
 from nanojax.metrics import RequestRecord, StepRecord
 from nanojax.pipeline import execute
+from nanojax.pipeline.compiler_options import gpu_options
 from nanojax.pipeline.ir import Pipeline
 from nanojax.sampling import NO_TOKEN
 from nanojax.scheduler import Policy
@@ -92,7 +93,7 @@ class Engine:
 
     `clock` gives seconds; everything else that the engine touches comes in through its arguments.  `records` and `steps` grow
     as requests finish and steps are read; `reset_metrics` empties them.  `pipelines` says how steps of a token budget run
-    (ValueError as `execute.forward_per_budget`); `forward` takes the place of the model, pipelines included.
+    (ValueError as `execute.forward_per_budget`), `use_streams` whether on the GPU streams they name; `forward` takes the place of the model, pipelines included.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Engine:
         driver: Driver = Driver.DISPATCH_AHEAD,
         attention: str | None = None,
         pipelines: Mapping[int, Pipeline] | None = None,
+        use_streams: bool = False,
         kv_dtype=jnp.float32,
         forward: Forward | None = None,
         steps_per_launch: int = 8,
@@ -119,13 +121,19 @@ class Engine:
         device = next(iter(jax.tree.leaves(params)[0].devices()))
         self._params, self._state = jax.device_put((params, core.init(config, model, kv_dtype)), device)
         self._clock = clock
-        forwards = execute.forward_per_budget(model, config.token_budgets, pipelines or {}, attention=attention)
+        forwards = execute.forward_per_budget(
+            model, config.token_budgets, pipelines or {}, attention=attention, use_streams=use_streams
+        )
         if forward is not None:
             forwards = dict.fromkeys(config.token_budgets, forward)
         self._load = jax.jit(core.load, donate_argnums=0)
         self._cancel = jax.jit(core.cancel, donate_argnums=0)
         self._launch = {
-            budget: jax.jit(_launch_fn(driver, config, policy, own, budget, steps_per_launch), donate_argnums=1)
+            budget: jax.jit(
+                _launch_fn(driver, config, policy, own, budget, steps_per_launch),
+                donate_argnums=1,
+                compiler_options=dict(gpu_options()) if device.platform == "gpu" else None,
+            )
             for budget, own in forwards.items()
         }
         self._holds = jax.jit(functools.partial(invariants.holds, config)) if check_invariants else None

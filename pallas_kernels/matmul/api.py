@@ -43,7 +43,8 @@ def matmul(
 
 def _why_not_numba(kernel) -> str | None:
     """What keeps `numba_cpu` from the call, None if nothing does."""
-    platform = jax.default_backend()
+    abstract = jax.sharding.get_abstract_mesh().abstract_device  # of a GPU that is not there, or nothing
+    platform = jax.default_backend() if abstract is None else abstract.platform
     if platform != "cpu":
         return f"runs on 'cpu', not on {platform!r}"
     if kernel.dtype != jnp.bfloat16 or kernel.shape[0] % 2 or kernel.shape[1] % PANEL:

@@ -24,6 +24,7 @@ ROW_BYTES = 128  # of a tile in shared memory, swizzled
 SMEM_BYTES = 232_448  # what one CTA may use on Hopper
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # of 65,536 for 384 threads, which start with 168 each
 BARRIER_BYTES = 1024  # more than all barriers take, with alignment
+NARROW_COST = 1.15  # time per column of a tile of 128, assumed: it reads a third more shared memory for the same products
 
 Epilogue = Literal["swiglu"] | None
 Interpret = Any  # `InterpretGPUParams`, whose place in JAX depends on the version; None compiles for the GPU
@@ -90,7 +91,7 @@ class Shape:
         config, stages = self.config, self.config.num_stages
         return {
             "x_smem": _tile((stages, self.tile_m, config.tile_k), self.dtype),
-            "kernel_smem": _tile((stages, config.tile_k, config.tile_n), self.dtype),
+            "kernel_smem": _tile((stages, self.parts, config.tile_k, self.out_tile_n), self.dtype),
             "out_smem": _tile((NUM_CONSUMERS, 2, ROWS, self.slice_n), self.out_dtype),
             "full": plgpu.Barrier(num_arrivals=1 + self.parts, num_barriers=stages),
             "free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=stages),
@@ -117,12 +118,13 @@ def why_not(x, kernel) -> str | None:
 
 
 def choose_config(m: int, n: int, num_ctas: int) -> Config:
-    """The wider tile unless the narrower one has its last tile done sooner: a tile's time is taken to grow with its width."""
+    """The wider tile unless the narrower one, at `NARROW_COST`, has its last tile done sooner."""
 
-    def waves(tile_n: int) -> int:
+    def time(tile_n: int) -> int:
         return -(-(m // 128 * (n // tile_n)) // num_ctas) * tile_n
 
-    return Config(tile_n=128, num_stages=6) if n % 256 or waves(128) < waves(256) else Config()
+    is_narrow = bool(n % 256) or NARROW_COST * time(128) < time(256)
+    return Config(tile_n=128, num_stages=6) if is_narrow else Config()
 
 
 def matmul(
@@ -236,8 +238,7 @@ def _fetch(shape: Shape, cta, num_tiles, x, kernel, s) -> None:
         width = shape.out_tile_n
         for part in range(shape.parts):
             columns = pl.ds(column_block * width + part * (shape.n // shape.parts), width)
-            place = s["kernel_smem"].at[slot, :, pl.ds(part * width, width)]
-            plgpu.copy_gmem_to_smem(kernel.at[depth, columns], place, full)
+            plgpu.copy_gmem_to_smem(kernel.at[depth, columns], s["kernel_smem"].at[slot, part], full)
 
     lax.fori_loop(0, num_tiles * steps, block, None)
     # Nothing in flight is left behind: shared memory and barriers may serve another purpose next.
@@ -262,13 +263,15 @@ def _tile_of_consumer(shape: Shape, cta, i, warpgroup, residual, out, s) -> None
     if residual:
         load_residual(0)  # on its way while the products are taken
 
-    def multiply(acc):
+    def multiply(*accs):
         def block(k, _):
             step = i * steps + k
             slot = lax.rem(step, jnp.int32(config.num_stages))
             plgpu.barrier_wait(s["full"].at[slot])
-            plgpu.wgmma(acc, s["x_smem"].at[slot, pl.ds(warpgroup * ROWS, ROWS)], s["kernel_smem"].at[slot])
-            plgpu.wgmma_wait(1)  # the product before this one is complete: its operands may go
+            for part, acc in enumerate(accs):
+                x_rows = s["x_smem"].at[slot, pl.ds(warpgroup * ROWS, ROWS)]
+                plgpu.wgmma(acc, x_rows, s["kernel_smem"].at[slot, part])
+            plgpu.wgmma_wait(shape.parts)  # the products before these are complete: their operands may go
 
             @pl.when(k > 0)
             def release():
@@ -277,15 +280,17 @@ def _tile_of_consumer(shape: Shape, cta, i, warpgroup, residual, out, s) -> None
         lax.fori_loop(0, steps, block, None)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(s["free"].at[lax.rem(i * steps + steps - 1, jnp.int32(config.num_stages))])
-        return acc[...]
+        return [acc[...] for acc in accs]
 
-    sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, config.tile_n), jnp.float32))
+    sums = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, shape.out_tile_n), jnp.float32)] * shape.parts)
     if shape.epilogue == "swiglu":
-        gate, up = sums[:, : shape.out_tile_n], sums[:, shape.out_tile_n :]
-        sums = gate / (1 + jnp.exp(-gate)) * up
+        gate, up = sums
+        total = gate / (1 + jnp.exp(-gate)) * up
+    else:
+        (total,) = sums
     for j in range(num_slices):
         buffer = s["out_smem"].at[warpgroup, j % 2]
-        value = sums[:, j * shape.slice_n : (j + 1) * shape.slice_n]
+        value = total[:, j * shape.slice_n : (j + 1) * shape.slice_n]
         if residual:
             if j + 1 < num_slices:
                 load_residual(j + 1)

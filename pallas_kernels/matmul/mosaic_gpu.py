@@ -7,7 +7,6 @@ done in registers, one pass over memory less.
 """
 
 import dataclasses
-import functools
 from typing import Any, Literal
 
 import jax
@@ -24,7 +23,9 @@ ROW_BYTES = 128  # of a tile in shared memory, swizzled
 SMEM_BYTES = 232_448  # what one CTA may use on Hopper
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # of 65,536 for 384 threads, which start with 168 each
 BARRIER_BYTES = 1024  # more than all barriers take, with alignment
-NARROW_COST = 1.15  # time per column of a tile of 128, assumed: it reads a third more shared memory for the same products
+NARROW_COST = (
+    1.15  # time per column of a tile of 128, assumed: it reads a third more shared memory for the same products
+)
 
 Epilogue = Literal["swiglu"] | None
 Interpret = Any  # `InterpretGPUParams`, whose place in JAX depends on the version; None compiles for the GPU
@@ -59,6 +60,7 @@ class Shape:
 
     @property
     def tile_m(self) -> int:
+        """Rows of a tile."""
         return NUM_CONSUMERS * ROWS
 
     @property
@@ -68,10 +70,12 @@ class Shape:
 
     @property
     def out_tile_n(self) -> int:
+        """Columns of the result that a tile gives."""
         return self.config.tile_n // self.parts
 
     @property
     def num_tiles(self) -> int:
+        """Of all CTAs."""
         return self.m // self.tile_m * (self.n // self.config.tile_n)
 
     @property
@@ -172,7 +176,7 @@ def shape_of(x, kernel, residual, *, num_ctas: int, out_dtype=jnp.float32, confi
     """The `Shape` of a call.  Raises ValueError as `matmul` does."""
     if num_ctas < 1:
         raise ValueError(f"num_ctas={num_ctas} must be positive")
-    (m, k), n = x.shape, kernel[:1].size if isinstance(kernel, jax.Array) else kernel.size // kernel.shape[0]
+    (m, k), n = x.shape, kernel.size // kernel.shape[0]
     config = choose_config(m, n, num_ctas) if config is None else config
     epilogue: Epilogue = "swiglu" if kernel.ndim == 3 else None
     shape = Shape(m, k, n, x.dtype, jnp.dtype(out_dtype), epilogue, residual is not None, config, num_ctas)

@@ -9,7 +9,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Lowest first.  A module may import modules of lower ranks, and of its own package's submodules.
 RANKS = [
-    ["nanojax", "nanojax.array_types", "pallas_kernels.numba_ffi", "pallas_kernels.triton_call"],
+    [
+        "nanojax",
+        "nanojax.array_types",
+        "pallas_kernels.device",
+        "pallas_kernels.numba_ffi",
+        "pallas_kernels.triton_call",
+    ],
     ["pallas_kernels"],
     ["nanojax.config", "nanojax.hardware", "nanojax.models.layers"],
     [

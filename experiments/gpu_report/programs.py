@@ -1,0 +1,94 @@
+"""How are several programs for one job compared?  Same arrays, repeats in turn, the roofline beside them.
+
+The arguments are made on the device, by a traceable function: so that a machine without a GPU can compile every program
+of the report for one (`compile_all`).
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from experiments.gpu_report.cases import Case, Row, Setting
+from experiments.gpu_report.peaks import Limits, limits
+from experiments.gpu_report.timing import Run, time_interleaved
+
+ERROR_CHARACTERS = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One job in several ways.
+
+    args: makes the arrays; traceable.    programs: name -> function of the arrays; each does the job `num_inner` times.
+    flops, num_bytes: of one job, as little as it can do with; what the roofline is made of.    columns: what the job is.
+    num_ctas, or whatever else tells programs apart in numbers, goes into `program_columns`, by program.
+    compiler_options: by program, for `lowered.compile`.
+    """
+
+    name: str
+    args: Callable[[], tuple]
+    programs: Mapping[str, Callable[..., Any]]
+    flops: float
+    num_bytes: float
+    num_inner: int = 1
+    columns: Row = dataclasses.field(default_factory=dict)
+    program_columns: Mapping[str, Row] = dataclasses.field(default_factory=dict)
+    compiler_options: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    needs_s: float = 5.0
+
+
+def timing_case(comparison: Comparison, setting: Setting) -> Case:
+    """A case that times it: a row per program, `error` in that of one that cannot be compiled or run."""
+    limit_s = 60.0 + 10.0 * len(comparison.programs)
+    return Case(comparison.name, lambda: measure(comparison, setting), comparison.needs_s, limit_s)
+
+
+def measure(comparison: Comparison, setting: Setting) -> list[Row]:
+    """Times all programs that compile.  Raises RuntimeError when none does."""
+    args = jax.block_until_ready(jax.jit(comparison.args)())
+    compiled, errors, compile_s = {}, {}, {}
+    for name in comparison.programs:
+        start_s = time.monotonic()
+        try:
+            compiled[name] = compile_program(comparison, name, args)
+        except Exception as error:  # one implementation that does not support a shape shall not hide the others
+            errors[name] = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
+        compile_s[name] = time.monotonic() - start_s
+    if not compiled:
+        raise RuntimeError("; ".join(f"{name}: {text}" for name, text in errors.items()))
+    runs = {name: Run(lambda f=f: f(*args), comparison.num_inner) for name, f in compiled.items()}
+    timings = time_interleaved(runs, num_repeats=setting.num_repeats)
+    bounds = limits(setting)
+    rows = [
+        _row(comparison, name, bounds) | timings[name].row() | rates(comparison, timings[name].median_s, bounds)
+        for name in compiled
+    ]
+    rows = [row | {"compile_s": compile_s[row["program"]]} for row in rows]
+    return [*rows, *({**_row(comparison, name, bounds), "error": text} for name, text in errors.items())]
+
+
+def compile_program(comparison: Comparison, name: str, args: Sequence[Any]) -> Callable[..., Any]:
+    """The compiled program for arguments, or shapes of arguments, `args`."""
+    lowered = jax.jit(comparison.programs[name]).lower(*args)
+    return lowered.compile(compiler_options=comparison.compiler_options.get(name))
+
+
+def rates(comparison: Comparison, seconds: float, bounds: Limits) -> Row:
+    """What a time means: rates, and the part of the roofline that was reached."""
+    return {
+        "flops_per_s": comparison.flops / seconds,
+        "bytes_per_s": comparison.num_bytes / seconds,
+        "roofline_fraction": bounds.seconds(comparison.flops, comparison.num_bytes) / seconds,
+    }
+
+
+def _row(comparison: Comparison, name: str, bounds: Limits) -> Row:
+    return {
+        **comparison.columns,
+        "program": name,
+        **comparison.program_columns.get(name, {}),
+        "roofline_s": bounds.seconds(comparison.flops, comparison.num_bytes),
+    }

@@ -1,0 +1,1 @@
+"""Which pipeline is best?  The paper's auto-search: structure and order first, then resource shares."""

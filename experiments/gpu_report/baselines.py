@@ -17,43 +17,29 @@ import numpy as np
 from experiments.gpu_report import forms
 from experiments.gpu_report.cases import Case, Setting
 from experiments.gpu_report.jobs import (
-    NUM_INNER,
     attention_columns,
     decode_specs,
+    num_inner,
     prefill_specs,
-    products,
 )
 from experiments.gpu_report.programs import Comparison, timing_case
 from pallas_kernels.paged_attention.arg_specs import ArgSpec
 
 
 def cases(setting: Setting) -> list[Case]:
-    """Products, then prefill, then decode."""
+    """Prefill, then decode.  cuBLAS is timed beside the report's own products, in `kernel_speed` and `cta_curves`."""
     return [timing_case(comparison, setting) for comparison in comparisons(setting.is_smoke)]
 
 
 def comparisons(is_smoke: bool) -> list[Comparison]:
     """Everything that is timed."""
-    found = [
-        Comparison(
-            f"{p.name}-{p.num_tokens}", p.args, {"xla": forms.each(forms.xla_dot), "xla float32 result": forms.each(_dot_to_float32)},
-            flops=p.flops, num_bytes=p.num_bytes, num_inner=NUM_INNER, columns=p.columns,
-        )
-        for p in products(is_smoke, (512, 1024, 2048))
-    ]  # fmt: skip
-    found = list({one.name: one for one in found}.values())
-    prefill = prefill_specs(is_smoke)[:2]
-    found += [_prefill(spec, is_smoke) for spec in prefill]
+    found = [_prefill(spec, is_smoke) for spec in prefill_specs(is_smoke)[:2]]
     return found + [_decode(spec, is_smoke) for spec in decode_specs(is_smoke)]
-
-
-def _dot_to_float32(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.dot(x, weight, preferred_element_type=jnp.float32)
 
 
 def _prefill(spec: ArgSpec, is_smoke: bool) -> Comparison:
     """Whole prompts, contiguous: [B, T, H, h]."""
-    num_rows, length = len(spec.q_lens), spec.q_lens[0]
+    num_rows, length, inner = len(spec.q_lens), spec.q_lens[0], num_inner(is_smoke)
 
     def args() -> tuple:
         keys = jax.random.split(jax.random.key(0), 3)
@@ -63,7 +49,7 @@ def _prefill(spec: ArgSpec, is_smoke: bool) -> Comparison:
             for key, n in zip(keys, heads, strict=True)
         )
 
-    programs = {"jax.nn cudnn": _dense_attention("cudnn"), "jax.nn xla": _dense_attention("xla")}
+    programs = {"jax.nn cudnn": _dense_attention("cudnn", inner), "jax.nn xla": _dense_attention("xla", inner)}
     if is_smoke:
         del programs["jax.nn cudnn"]
     if length > 1024:  # the scores of all heads would not leave room for anything else
@@ -72,13 +58,13 @@ def _prefill(spec: ArgSpec, is_smoke: bool) -> Comparison:
     values = num_rows * length * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
     return Comparison(
         f"contiguous {spec.name}", args, programs, flops=4.0 * pairs * spec.num_heads * spec.head_dim,
-        num_bytes=2.0 * values, num_inner=NUM_INNER, columns={"job": f"prefill-{num_rows}x{length}"},
+        num_bytes=2.0 * values, num_inner=inner, columns={"job": f"prefill-{num_rows}x{length}"},
     )  # fmt: skip
 
 
-def _dense_attention(implementation: Any) -> Callable[..., Any]:
+def _dense_attention(implementation: Any, num_runs: int) -> Callable[..., Any]:
     def attend(q, k, v):
-        for _ in range(NUM_INNER):
+        for _ in range(num_runs):
             q = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
         return q
 
@@ -87,10 +73,10 @@ def _dense_attention(implementation: Any) -> Callable[..., Any]:
 
 def _decode(spec: ArgSpec, is_smoke: bool) -> Comparison:
     """One query per row.  The pool of pages is as cuDNN demands, exactly the table's size."""
-    num_pages = spec.num_rows * spec.pages_per_row
+    num_pages, inner = spec.num_rows * spec.pages_per_row, num_inner(is_smoke)
 
     def args() -> tuple:
-        keys = jax.random.split(jax.random.key(0), 2 * NUM_INNER + 1)
+        keys = jax.random.split(jax.random.key(0), 2 * inner + 1)
         q = jax.random.normal(keys[0], (spec.num_rows, spec.num_heads, spec.head_dim), jnp.bfloat16)
         pool = (num_pages, spec.num_kv_heads, spec.page_size, spec.head_dim)
         layers = [jax.random.normal(key, pool, jnp.bfloat16) for key in keys[1:]]
@@ -109,7 +95,7 @@ def _decode(spec: ArgSpec, is_smoke: bool) -> Comparison:
     spec = dataclasses.replace(spec, q_lens=(1,) * len(spec.q_lens))
     return Comparison(
         f"decode {spec.name}", args, programs, flops=spec.flops(), num_bytes=spec.kv_bytes(jnp.bfloat16),
-        num_inner=NUM_INNER, columns=attention_columns(spec),
+        num_inner=inner, columns=attention_columns(spec),
     )  # fmt: skip
 
 
@@ -165,6 +151,11 @@ def _contiguous(q, k, v, kv_lens, table):
     shape = (q.shape[0], table.shape[1] * k.shape[2], k.shape[1], k.shape[3])
     k, v = k.reshape(shape), v.reshape(shape)
     result = jax.nn.dot_product_attention(
-        q[:, None], k, v, key_value_seq_lengths=kv_lens, query_seq_lengths=jnp.ones_like(kv_lens), implementation="cudnn"
+        q[:, None],
+        k,
+        v,
+        key_value_seq_lengths=kv_lens,
+        query_seq_lengths=jnp.ones_like(kv_lens),
+        implementation="cudnn",
     )
     return result[:, 0]

@@ -48,7 +48,12 @@ def _product(product: Any, setting: Setting) -> Row:
     x = torch.randn(product.num_tokens, product.width, dtype=torch.bfloat16, device=device)
     weights = [torch.randn(product.width, product.num_columns, dtype=torch.bfloat16, device=device) for _ in range(4)]
     row = _timed(lambda: [torch.matmul(x, w) for w in weights], len(weights), setting)
-    return {**product.columns, "program": "torch.matmul", **row, **_rates(product.flops, product.num_bytes, row, setting)}
+    return {
+        **product.columns,
+        "program": "torch.matmul",
+        **row,
+        **_rates(product.flops, product.num_bytes, row, setting),
+    }
 
 
 def _attention(shape: tuple[int, ...], is_causal: bool, setting: Setting) -> list[Row]:

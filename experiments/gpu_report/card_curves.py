@@ -47,9 +47,7 @@ def interference(
         f"measured on {device}, matmul and decode attention alone on part of its {num_cores} multiprocessors; "
         "network: arXiv 2408.12757v2, Table 3 (published)"
     )
-    return Interference(
-        PROPORTIONAL, memory_curve(matmul_s, attention_s, num_cores), PAPER_TABLE_3.network, source
-    )
+    return Interference(PROPORTIONAL, memory_curve(matmul_s, attention_s, num_cores), PAPER_TABLE_3.network, source)
 
 
 def _along(points: list[tuple[int, float]], x: int) -> float:

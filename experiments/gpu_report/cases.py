@@ -44,12 +44,15 @@ class Part:
     """A module of cases.
 
     limit_s: seconds that it gets at most of the report's.    needs_s: not begun with less left.
+    origin: of its numbers.    needs_device: whether it touches the GPU.
     """
 
     name: str
     question: str
     limit_s: float
     needs_s: float = 15.0
+    origin: str = "measured"
+    needs_device: bool = True
 
     @property
     def module(self) -> str:
@@ -59,14 +62,16 @@ class Part:
 
 PARTS = (
     Part("peaks", "How fast are this card's matmul and memory?", 25),
-    Part("kernels", "Is every kernel right at real shapes?", 75),
-    Part("cta_curves", "How fast are matmul and decode attention on a share of the multiprocessors?", 70),
-    Part("pairs", "What do two operations side by side take?", 80),
-    Part("end_to_end", "How many tokens per second does LLaMA-3-8B serve?", 230, needs_s=60),
-    Part("step_trace", "Where does the time of a step go?", 60, needs_s=40),
+    Part("kernels", "Is every kernel right at real shapes?", 60),
+    Part("kernel_speed", "How fast is every kernel on the whole device?", 60),
+    Part("cta_curves", "How fast are matmul and decode attention on a share of the multiprocessors?", 60),
+    Part("pairs", "What do two operations side by side take?", 60),
+    Part("op_profile", "How long does each operation of a layer take?", 50, needs_s=30),
+    Part("search_card", "Which pipeline suits this card?", 20, needs_s=10, origin="simulated", needs_device=False),
+    Part("end_to_end", "How many tokens per second does LLaMA-3-8B serve?", 170, needs_s=60),
+    Part("step_trace", "Where does the time of a step go?", 50, needs_s=40),
     Part("baselines", "How fast are XLA's and cuDNN's kernels?", 50),
     Part("baselines_torch", "How fast are PyTorch's kernels and its serving loop?", 60),
-    Part("op_profile", "How long does each operation of a layer take?", 60, needs_s=30),
     Part("mixtral", "How many tokens per second does Mixtral-8x7B serve?", 120, needs_s=90),
 )
-"""In the order in which they run: what is lost last comes first."""
+"""In the order in which they run: what later parts read, then what is wanted most."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from experiments.gpu_report import forms
 from experiments.gpu_report.cases import Case, Setting
-from experiments.gpu_report.jobs import NUM_INNER, Product, attention_args, attention_columns, decode_specs, products
+from experiments.gpu_report.jobs import Product, attention_args, attention_columns, decode_specs, num_inner, products
 from experiments.gpu_report.programs import Comparison, timing_case
 from nanojax import hardware
 from pallas_kernels.paged_attention.arg_specs import ArgSpec
@@ -39,6 +39,7 @@ def comparisons(is_smoke: bool, num_cores: int) -> list[Comparison]:
 
 
 def _product(product: Product, is_smoke: bool, num_cores: int) -> Comparison:
+    inner = num_inner(is_smoke)
     programs = {"xla": forms.each(forms.xla_dot)}
     columns = {"xla": {"implementation": "xla"}}
     for name, make in forms.capped_matmuls(is_smoke).items():
@@ -46,18 +47,18 @@ def _product(product: Product, is_smoke: bool, num_cores: int) -> Comparison:
             programs[f"{name} {n}"] = forms.each(make(n))
             columns[f"{name} {n}"] = {"implementation": name, "num_ctas": n}
     return Comparison(
-        f"{product.name}-{product.num_tokens}", product.args, programs, flops=product.flops, num_bytes=product.num_bytes,
-        num_inner=NUM_INNER, columns=product.columns | {"kind": "matmul"}, program_columns=columns,
+        f"{product.name}-{product.num_tokens}", lambda: product.args(num_weights=inner), programs, flops=product.flops, num_bytes=product.num_bytes,
+        num_inner=inner, columns=product.columns | {"kind": "matmul"}, program_columns=columns,
     )  # fmt: skip
 
 
 def _decode(spec: ArgSpec, is_smoke: bool, num_cores: int) -> Comparison:
-    programs, columns = {}, {}
+    inner, programs, columns = num_inner(is_smoke), {}, {}
     for name, make in forms.capped_attention(is_smoke).items():
         for n in counts(num_cores):
-            programs[f"{name} {n}"] = forms.in_layers(make(n), NUM_INNER)
+            programs[f"{name} {n}"] = forms.in_layers(make(n), inner)
             columns[f"{name} {n}"] = {"implementation": name, "num_ctas": n}
     return Comparison(
-        spec.name, lambda: attention_args(spec), programs, flops=spec.flops(), num_bytes=spec.kv_bytes(jnp.bfloat16),
-        num_inner=NUM_INNER, columns=attention_columns(spec) | {"kind": "attention"}, program_columns=columns,
+        spec.name, lambda: attention_args(spec, num_layers=inner), programs, flops=spec.flops(), num_bytes=spec.kv_bytes(jnp.bfloat16),
+        num_inner=inner, columns=attention_columns(spec) | {"kind": "attention"}, program_columns=columns,
     )  # fmt: skip

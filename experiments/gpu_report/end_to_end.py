@@ -8,18 +8,17 @@ telling come first, in case time ends.  The optimum is the paper's Eq. 5 with th
 import dataclasses
 import functools
 import gc
-import pathlib
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from experiments import serving, serving_flags
 from experiments.gpu_report import steady_state
 from experiments.gpu_report.cases import Case, Row, Setting
 from experiments.gpu_report.peaks import limits
+from nanojax.config import PRESETS, ModelConfig
 from nanojax.metrics import optimal_tokens_per_s
 from nanojax.serve import Engine
 from nanojax.weights import LoadedModel
@@ -62,12 +61,18 @@ def points(is_smoke: bool) -> list[Point]:
         return Point(lengths, how, **_WAYS[how], **more)
 
     if is_smoke:
-        return [point("12/6", "sequential"), point("12/6", "overlap"), point("12/6", "sequential", driver="device_loop")]
+        return [
+            point("12/6", "sequential"),
+            point("12/6", "overlap"),
+            point("12/6", "sequential", driver="device_loop"),
+        ]
     found = [point("512/512", how) for how in _WAYS]
     found += [point("1024/512", how) for how in ("sequential", "overlap")]
     found += [point("512/512", "sequential", driver=driver) for driver in ("host_sync", "device_loop")]
     found += [point("512/1024", how) for how in ("sequential", "overlap")]
-    return found + [point(data, how) for data in ("sharegpt", "lmsys", "splitwise") for how in ("sequential", "overlap")]
+    return found + [
+        point(data, how) for data in ("sharegpt", "lmsys", "splitwise") for how in ("sequential", "overlap")
+    ]
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -79,7 +84,8 @@ def model_cases(setting: Setting, model: str, wanted: list[Point]) -> list[Case]
     """The same for another model."""
     needs_s = 0.0 if setting.is_smoke else 35.0
     return [
-        Case(point.name, lambda point=point: [_measure(point, model, setting)], needs_s, limit_s=150) for point in wanted
+        Case(point.name, lambda point=point: [_measure(point, model, setting)], needs_s, limit_s=150)
+        for point in wanted
     ]
 
 
@@ -110,13 +116,15 @@ def plan_of(point: Point, model: str, setting: Setting) -> tuple[steady_state.Le
     small = setting.is_smoke
     found = steady_state.lengths(point.lengths, max_len=MAX_LEN, seed=setting.seed)
     capacity = steady_state.plan(
-        found, loaded.config, max_budget=32 if small else MAX_BUDGET, kv_bytes=_kv_bytes(loaded),
+        found, loaded.config, max_budget=32 if small else MAX_BUDGET, kv_bytes=kv_bytes(_memory_bytes(), loaded.config),
         page_size=16 if small else PAGE_SIZE, spare_slots=4 if small else 16,
     )  # fmt: skip
     return found, capacity, loaded
 
 
-def make_engine(point: Point, model: str, setting: Setting) -> tuple[Engine, steady_state.Lengths, steady_state.Plan, Row]:
+def make_engine(
+    point: Point, model: str, setting: Setting
+) -> tuple[Engine, steady_state.Lengths, steady_state.Plan, Row]:
     """A compiled engine, and what it took."""
     gc.collect()  # another engine's cache
     start_s = time.monotonic()
@@ -155,20 +163,21 @@ def _load(model: str, seed: int) -> LoadedModel:
     return serving.load(values)
 
 
-def _kv_bytes(loaded: LoadedModel) -> float:
-    """Memory for the cache: what the weights and a step leave of the device's, or a little on a CPU."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None:
-        return 1e6
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
-    return limit - weights - RESERVED_BYTES
+def kv_bytes(memory_bytes: float | None, model: ModelConfig) -> float:
+    """Memory for the cache: what the weights and a step leave of the device's, or a little where that is not known."""
+    return 1e6 if memory_bytes is None else memory_bytes - 2.0 * model.num_params - RESERVED_BYTES
 
 
-def weights_bytes(model: LoadedModel) -> int:
-    """Bytes of bfloat16 weights."""
-    return model.config.num_params * jnp.dtype(jnp.bfloat16).itemsize
+def search_target(setting: Setting, memory_bytes: float | None) -> tuple[tuple[float, float], int]:
+    """Mean prompt and output, and tokens of a step, of the first point: what a pipeline is searched for."""
+    found = steady_state.lengths(points(setting.is_smoke)[0].lengths, max_len=MAX_LEN, seed=setting.seed)
+    model = serving.SMOKE_CONFIG if setting.is_smoke else PRESETS[MODEL]
+    capacity = steady_state.plan(
+        found, model, max_budget=32 if setting.is_smoke else MAX_BUDGET, kv_bytes=kv_bytes(memory_bytes, model),
+        page_size=16 if setting.is_smoke else PAGE_SIZE,
+    )  # fmt: skip
+    return (float(found.input_lens.mean()), float(found.output_lens.mean())), capacity.token_budget
 
 
-def searched_file(setting: Setting) -> pathlib.Path:
-    """Where `search` leaves its pipeline for this card."""
-    return setting.out / SEARCHED
+def _memory_bytes() -> float | None:
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")

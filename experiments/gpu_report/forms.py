@@ -85,8 +85,10 @@ def _on_two_streams(is_smoke: bool) -> Callable[[int, int], Callable[[int], Call
 
     def pair(num_matmul_ctas: int, num_attention_ctas: int) -> Callable[[int], Callable[..., Any]]:
         del num_matmul_ctas, num_attention_ctas
-        return lambda layer: lambda x, w, *rest: jax.lax.optimization_barrier(
-            (streams.launch(0, xla_dot, x, w), streams.launch(1, attention(name, layer), *rest, has_loops=True))
+        return lambda layer: (
+            lambda x, w, *rest: jax.lax.optimization_barrier(
+                (streams.launch(0, xla_dot, x, w), streams.launch(1, attention(name, layer), *rest, has_loops=True))
+            )
         )
 
     return pair

@@ -5,7 +5,7 @@ Before each call a buffer of the result's size full of NaN is freed, which the a
 not write is seen.  Pages that no result may depend on hold NaN as well (`jobs.attention_args`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,22 +51,12 @@ def cases(setting: Setting) -> list[Case]:
     ]
 
 
-def gpu_programs() -> Iterator[tuple[str, Callable[..., Any], Callable[[], tuple]]]:
-    """(name, function, maker of its arguments) of what `cases` runs on a GPU, for a compiler that has none."""
-    for name in forms.attention_names(False):
-        for spec in (*decode_specs(False), *mixed_specs(False), *prefill_specs(False)):
-            yield f"{name} {spec.name}", forms.attention(name, LAYER), lambda spec=spec: _attention_args(spec, 0)
-    for name, call in forms.matmuls(False).items():
-        for product in products(False, (128, 1024)):
-            yield f"{name} {product.name}-{product.num_tokens}", call, lambda p=product: _product_args(p, 0)
-
-
 def _attention_args(spec: ArgSpec, seed: int) -> tuple:
     return attention_args(spec, seed=seed, num_layers=NUM_LAYERS)
 
 
 def _product_args(product: Product, seed: int) -> tuple:
-    x, (weight,) = product.args(seed, num_inner=1)
+    x, (weight,) = product.args(seed, num_weights=1)
     return x, weight
 
 

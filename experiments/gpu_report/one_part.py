@@ -63,7 +63,7 @@ def _run(answers: TextIO, case: Case) -> bool:
     start_s = time.monotonic()
     try:
         rows = [{key: _plain(value) for key, value in row.items()} for row in case.run()]
-    except Exception as error:  # whatever it is, the other cases shall run
+    except (Exception, SystemExit) as error:  # whatever it is, the other cases shall run
         traceback.print_exc()
         text = f"{type(error).__name__}: {error}"
         _say(answers, failed=text[:MESSAGE_CHARACTERS], case=case.name, seconds=time.monotonic() - start_s)

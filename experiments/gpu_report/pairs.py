@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.gpu_report import forms
 from experiments.gpu_report.cases import Case, Row, Setting
-from experiments.gpu_report.jobs import NUM_INNER, Product, attention_args, decode_spec, products, small
+from experiments.gpu_report.jobs import attention_args, decode_spec, num_inner, products, small
 from experiments.gpu_report.programs import Comparison, measure
 from nanojax import hardware
 from nanojax.pipeline import streams
@@ -38,25 +38,31 @@ def cases(setting: Setting) -> list[Case]:
 
 def comparisons(is_smoke: bool, num_cores: int) -> list[Comparison]:
     """One comparison per form, each with both operations alone and one after the other beside it."""
+    inner = num_inner(is_smoke)
     product = next(p for p in products(is_smoke, (1024,)) if p.name == "UG")
     spec = small(decode_spec(64, 64)) if is_smoke else decode_spec(384, 1024)
 
     def args() -> tuple:
-        return (*product.args(), *attention_args(spec))
+        return (*product.args(num_weights=inner), *attention_args(spec, num_layers=inner))
 
     found = []
     for name, make in forms.pairs(is_smoke).items():
         programs: dict[str, Callable[..., Any]] = _alone(is_smoke)
         columns: dict[str, Row] = {}
-        for n in sorted({round(share * num_cores) for share in MATMUL_SHARES}):
+        for n in sorted({round(share * num_cores) for share in (MATMUL_SHARES[:1] if is_smoke else MATMUL_SHARES)}):
             label = f"{name} {n}+{num_cores - n}"
             programs[label] = _pairs_in_a_row(make(n, num_cores - n))
             columns[label] = {"form": name, "num_matmul_ctas": n, "num_attention_ctas": num_cores - n}
         found.append(
             Comparison(
-                name, args, programs, flops=product.flops + spec.flops(),
-                num_bytes=product.num_bytes + spec.kv_bytes(jnp.bfloat16), num_inner=NUM_INNER,
-                columns={"job": f"{product.name}-{product.num_tokens} | {spec.name}"}, program_columns=columns,
+                name,
+                args,
+                programs,
+                flops=product.flops + spec.flops(),
+                num_bytes=product.num_bytes + spec.kv_bytes(jnp.bfloat16),
+                num_inner=inner,
+                columns={"job": f"{product.name}-{product.num_tokens} | {spec.name}"},
+                program_columns=columns,
             )  # fmt: skip
         )
     return found
@@ -68,7 +74,7 @@ def _alone(is_smoke: bool) -> dict[str, Callable[..., Any]]:
     for name in forms.attention_names(is_smoke):
         if name != "xla":
             found[f"attention alone: {name}"] = lambda x, ws, *rest, name=name: forms.attention_in_layers(
-                name, NUM_INNER
+                name, len(ws)
             )(*rest)
             found[f"in turn: {name}"] = _pairs_in_a_row(_in_turn(name))
     return found
@@ -83,7 +89,7 @@ def _in_turn(name: str) -> Callable[..., Any]:
 
 
 def _pairs_in_a_row(pair: Callable[[int], Callable[..., Any]]) -> Callable[..., Any]:
-    """`NUM_INNER` pairs, each after the one before: its activations and queries wait for both results."""
+    """A pair for each weight, each after the one before: its activations and queries wait for both results."""
 
     def run(x, weights, q, *rest):
         for layer, weight in enumerate(weights):

@@ -62,7 +62,9 @@ def limits(setting: Setting) -> Limits:
 
 
 def _matmul(size: int, out_dtype: str, setting: Setting) -> Row:
-    a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in jax.random.split(jax.random.key(setting.seed)))
+    a, b = (
+        jax.random.normal(key, (size, size), jnp.bfloat16) for key in jax.random.split(jax.random.key(setting.seed))
+    )
     product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.dtype(out_dtype)))
     timing = time_one(lambda: product(a, b), num_repeats=setting.num_repeats)
     rate = 2.0 * size**3 / timing.median_s

@@ -8,17 +8,21 @@ Needs no GPU and does not touch it.
 
 import collections
 import json
+import time
 from typing import Any
 
-from experiments.gpu_report import card_curves, end_to_end, forms
+from experiments.gpu_report import card_curves, end_to_end
 from experiments.gpu_report.cases import Case, Row, Setting
-from nanojax.config import PRESETS
 from nanojax.pipeline.cost_model import steady_shape
 from nanojax.pipeline.interference import PAPER_TABLE_3, Interference
 from nanojax.pipeline.ir import Resource
+from nanojax.pipeline.json_format import to_json
 from nanojax.pipeline.profile import ProfileTable
+from nanojax.pipeline.search.problem import Problem
+from nanojax.pipeline.search.search import known_pipelines, search
 
 CURVES = "card.interference.json"
+SEARCH_S = 12.0
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -59,15 +63,27 @@ def pick(candidates: dict[tuple[str, str], dict[int, float]]) -> dict[int, float
     if not candidates:
         raise ValueError("no capped kernel was timed: cta_curves has no rows with num_ctas")
     slowest_job = max(candidates, key=lambda key: min(candidates[key].values()))[0]
-    return min((times for (job, _), times in candidates.items() if job == slowest_job), key=lambda times: min(times.values()))
+    return min(
+        (times for (job, _), times in candidates.items() if job == slowest_job), key=lambda times: min(times.values())
+    )
 
 
 def _search(setting: Setting) -> Row:
-    """Writes the pipeline found; says what it is predicted to take, beside `sequential`."""
+    """Writes the pipeline found; says what it is predicted to take, beside the ready-made ones."""
     curves = Interference.from_json((setting.out / CURVES).read_text(encoding="utf-8"))
-    profile_path = setting.out / "profile_ops.profile.json"
-    profile = ProfileTable.from_json(profile_path.read_text(encoding="utf-8"))
-    model = PRESETS[profile.model] if profile.model in PRESETS else None
-    shape = steady_shape(end_to_end.MAX_BUDGET, 512, 512)
-    row = forms.search(model, shape, profile, curves, end_to_end.searched_file(setting))
-    return {"profile": profile.source, **row}
+    profile = ProfileTable.from_json((setting.out / "profile_ops.profile.json").read_text(encoding="utf-8"))
+    record = json.loads((setting.out / "cta_curves.json").read_text(encoding="utf-8"))
+    lengths, budget = end_to_end.search_target(setting, record["device"].get("memory_bytes"))
+    shape = steady_shape(budget, *lengths)
+    problem = Problem(budget, profile.durations(shape), curves, grid=8 if setting.is_smoke else 128)
+    deadline_s = time.monotonic() + (2 if setting.is_smoke else SEARCH_S)
+    found = search(problem, remaining_s=lambda: deadline_s - time.monotonic())
+    best = found.timeline.pipeline
+    path = setting.out / end_to_end.SEARCHED
+    path.write_text(to_json(best) + "\n", encoding="utf-8")
+    known = {one.name: problem.timeline(one).layer_time_s for one in known_pipelines(problem)}
+    return {
+        "name": best.name, "num_tokens": budget, "num_nodes": len(best.nodes), "layer_s": found.timeline.layer_time_s,
+        "bound_s": found.bound_s, "is_complete": found.is_complete, "profile": profile.source,
+        **{f"{name}_layer_s": seconds for name, seconds in known.items()},
+    }  # fmt: skip

@@ -58,7 +58,8 @@ def _trace(point: Point, setting: Setting) -> list[Row]:
         min(int(found.mean_resident_len), capacity.max_len - 2),
     )  # fmt: skip
     step = jax.jit(
-        functools.partial(core.step, config, policy, forward_of(point, values, loaded, budget), budget), donate_argnums=1
+        functools.partial(core.step, config, policy, forward_of(point, values, loaded, budget), budget),
+        donate_argnums=1,
     )
     state = breakdown.lay_out(config, typical, core.init(config, loaded.config, serving.kv_dtype(values)), 0.0)
     kv, small = state.kv, state.replace(kv=jax.tree.map(lambda x: x[:0], state.kv))

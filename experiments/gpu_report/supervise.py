@@ -48,6 +48,7 @@ def run_part(
 ) -> Outcome:  # fmt: skip
     """Runs a part for at most about `seconds`; writes `<part>.json` and `<part>.log` into the folder of the report."""
     outcome, start_s = Outcome(part), time.monotonic()
+    environment = {**environment, **({} if part.needs_device else {"JAX_PLATFORMS": "cpu"})}
     log = setting.out / f"{part.name}.log"
     log.write_text("", encoding="utf-8")
     next_case: int | None = 0
@@ -146,7 +147,7 @@ def write(outcome: Outcome, setting: Setting, config: Mapping[str, Any]) -> None
     }
     metrics = {f"num_cases_{status}": outcome.count(status) for status in ("ok", "failed", "hung", "died", "skipped")}
     record = make_record(
-        f"gpu_report_{outcome.part.name}", "measured", metrics=metrics, seed=setting.seed,
+        f"gpu_report_{outcome.part.name}", outcome.part.origin, metrics=metrics, seed=setting.seed,
         config={"question": outcome.part.question, "is_smoke": setting.is_smoke, **config},
         series={"rows": rows, "cases": cases}, device=outcome.device or {"name": "unknown"},
     )  # fmt: skip

@@ -41,9 +41,7 @@ class Run:
     num_inner: int = 1
 
 
-def time_interleaved(
-    runs: Mapping[str, Run], *, num_repeats: int = 10, repeat_s: float = 0.01
-) -> dict[str, Timing]:
+def time_interleaved(runs: Mapping[str, Run], *, num_repeats: int = 10, repeat_s: float = 0.01) -> dict[str, Timing]:
     """Times of all runs, their repeats in turn, because clocks and neighbours drift.
 
     Each run is first called twice: once to compile, once to be warm; a third call says how many launches fill `repeat_s`.

@@ -84,7 +84,9 @@ def seconds_by_depth(kernels: Sequence[Kernel]) -> list[float]:
     by_stream: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
     for kernel in kernels:
         by_stream[kernel.stream].append((kernel.start_ns, kernel.end_ns))
-    changes = [change for spans in by_stream.values() for span in _union(spans) for change in zip(span, (1, -1), strict=True)]
+    changes = [
+        change for spans in by_stream.values() for span in _union(spans) for change in zip(span, (1, -1), strict=True)
+    ]
     depths = [0.0] * (len(by_stream) + 1)
     depth, last_ns = 0, None
     for at_ns, change in sorted(changes):

@@ -93,7 +93,7 @@ def _run_part(part: Part, setting: Setting, seconds: float, environment: dict[st
         part, setting, seconds, environment=environment, config={"num_repeats": setting.num_repeats},
         show=lambda text: print(text, flush=True),
     )  # fmt: skip
-    counts = {status: outcome.count(status) for status in ("ok", "failed", "hung", "died", "skipped")}
+    counts = {status: outcome.count(status) for status in supervise.STATUSES}
     print(f"  {json.dumps({name: n for name, n in counts.items() if n})} in {outcome.seconds:.0f} s", flush=True)
 
 

@@ -53,11 +53,12 @@ class Part:
     needs_s: float = 15.0
     origin: str = "measured"
     needs_device: bool = True
+    package: str = "experiments.gpu_report"
 
     @property
     def module(self) -> str:
         """Where its `cases` are."""
-        return f"experiments.gpu_report.{self.name}"
+        return f"{self.package}.{self.name}"
 
 
 PARTS = (

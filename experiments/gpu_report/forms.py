@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from nanojax import hardware
 from nanojax.pipeline import streams
 from pallas_kernels.matmul import matmul
 from pallas_kernels.paged_attention import paged_attention
@@ -45,10 +46,17 @@ def in_layers(make: Callable[[int], Callable[..., jax.Array]], num_layers: int) 
     return attend
 
 
+def num_cores() -> int:
+    """Multiprocessors of the device that is traced for: the abstract one where there is one, else the one here."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    return hardware.detect().num_cores if abstract is None else abstract.num_cores
+
+
 def matmuls(is_smoke: bool) -> Mapping[str, Callable[..., jax.Array]]:
-    """Products `f(x, weight)` of bfloat16 with a bfloat16 result, but for XLA's own."""
-    del is_smoke
-    return {"matmul_api": lambda x, w: matmul(x, w).astype(x.dtype)}
+    """Products `f(x, weight)` of bfloat16 with a bfloat16 result, on the whole device, but for XLA's own."""
+    if is_smoke:
+        return {"matmul api": lambda x, w: matmul(x, w).astype(x.dtype)}
+    return {"mosaic_gpu": lambda x, w: _mosaic_matmul(num_cores())(x, w)}
 
 
 def each(product: Callable[[Any, Any], Any]) -> Callable[[Any, list[Any]], list[Any]]:
@@ -65,7 +73,7 @@ def capped_matmuls(is_smoke: bool) -> Mapping[str, Callable[[int], Callable[...,
     """Name -> (number of CTAs -> product), of products whose grid can be capped."""
     if is_smoke:
         return {"any": lambda num_ctas: xla_dot}
-    return {"jax hopper_matmul": _hopper_matmul}
+    return {"mosaic_gpu": _mosaic_matmul, "jax hopper_matmul": _hopper_matmul}
 
 
 def capped_attention(is_smoke: bool) -> Mapping[str, Callable[[int], Callable[[int], Callable[..., jax.Array]]]]:
@@ -92,6 +100,12 @@ def _on_two_streams(is_smoke: bool) -> Callable[[int, int], Callable[[int], Call
         )
 
     return pair
+
+
+def _mosaic_matmul(num_ctas: int) -> Callable[..., jax.Array]:
+    from pallas_kernels.matmul import mosaic_gpu  # takes a second: only where it is used
+
+    return lambda x, weight: mosaic_gpu.matmul(x, weight, num_ctas=num_ctas, out_dtype=x.dtype)
 
 
 def _hopper_matmul(num_ctas: int) -> Callable[..., jax.Array]:

@@ -1,6 +1,6 @@
 """How does one part run in a process of its own?  Its cases in order; each result is a line of JSON for the parent.
 
-    python -m experiments.gpu_report.one_part PART FIRST_CASE SECONDS SETTING_AS_JSON
+    python -m experiments.gpu_report.one_part MODULE FIRST_CASE SECONDS SETTING_AS_JSON
 
 Lines, on what was standard output (whatever a library prints there goes to standard error instead):
 
@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 import jax
 
-from experiments.gpu_report.cases import PARTS, Case, Setting
+from experiments.gpu_report.cases import Case, Setting
 from nanojax import hardware
 
 MESSAGE_CHARACTERS = 400
@@ -37,14 +37,13 @@ POISONED = 3
 
 def main(argv: Sequence[str]) -> int:
     """Runs the cases; gives the process's exit status."""
-    name, first, seconds, setting_json = argv
+    module, first, seconds, setting_json = argv
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     plain = json.loads(setting_json)
     setting = Setting(**{**plain, "out": pathlib.Path(plain["out"])})
-    part = next(part for part in PARTS if part.name == name)
     deadline_s = time.monotonic() + float(seconds)
-    cases = importlib.import_module(part.module).cases(setting)
+    cases = importlib.import_module(module).cases(setting)
     _say(answers, device=_device())
     for index, case in list(enumerate(cases))[int(first) :]:
         left_s = deadline_s - time.monotonic()

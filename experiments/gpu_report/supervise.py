@@ -22,13 +22,15 @@ from experiments.record import make_record, write_record
 START_LIMIT_S = 90.0
 """Silence of a process before its first case: imports, and the device's first touch."""
 GRACE_S = 10.0
+STATUSES = ("ok", "failed", "hung", "died", "cut", "skipped")
+"""How a case can end: hung without an answer, died with its process, cut off by the end of the part's time."""
 
 
 @dataclasses.dataclass
 class Outcome:
     """What a part has given so far.
 
-    statuses: (case, ok / failed / hung / died / skipped, why, seconds).
+    statuses: (case, one of `STATUSES`, why, seconds).
     """
 
     part: Part
@@ -69,7 +71,7 @@ def _run_process(
 ) -> int | None:  # fmt: skip
     """One process from case `first` on; the case to go on with in another one, None if all is dealt with."""
     plain = json.dumps({**dataclasses.asdict(setting), "out": str(setting.out)})
-    command = [sys.executable, "-m", "experiments.gpu_report.one_part", outcome.part.name, str(first), f"{seconds:.1f}"]
+    command = [sys.executable, "-m", "experiments.gpu_report.one_part", outcome.part.module, str(first), f"{seconds:.1f}"]
     deadline_s = time.monotonic() + seconds + GRACE_S
     begun: tuple[str, int] | None = None
     begun_s, limit_s = time.monotonic(), START_LIMIT_S
@@ -85,7 +87,8 @@ def _run_process(
                 try:
                     line = lines.get(timeout=max(wait_s, 0.01))
                 except queue.Empty:
-                    ended, why = "hung", f"no answer for {time.monotonic() - begun_s:.0f} s"
+                    ended = "hung" if time.monotonic() < deadline_s else "cut"
+                    why = f"no answer for {time.monotonic() - begun_s:.0f} s"
                     break
                 if line is None:
                     ended, why = "died", f"exit status {process.wait(timeout=GRACE_S)}; see {log.name}"
@@ -145,7 +148,7 @@ def write(outcome: Outcome, setting: Setting, config: Mapping[str, Any]) -> None
     cases = {
         name: [status[i] for status in outcome.statuses] for i, name in enumerate(("case", "status", "why", "seconds"))
     }
-    metrics = {f"num_cases_{status}": outcome.count(status) for status in ("ok", "failed", "hung", "died", "skipped")}
+    metrics = {f"num_cases_{status}": outcome.count(status) for status in STATUSES}
     record = make_record(
         f"gpu_report_{outcome.part.name}", outcome.part.origin, metrics=metrics, seed=setting.seed,
         config={"question": outcome.part.question, "is_smoke": setting.is_smoke, **config},

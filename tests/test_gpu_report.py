@@ -55,7 +55,9 @@ def test_a_part_keeps_what_it_has_whatever_its_cases_do(tmp_path):
     assert record["series"]["rows"] == {
         "case": ["good", "after a failure", "last"], "x": [1, 2, None], "not_finite": [None] * 3, "y": [None, None, 7],
     }  # fmt: skip
-    assert record["metrics"] == {f"num_cases_{s}": n for s, n in zip(supervise.STATUSES, (3, 2, 1, 1, 0, 1), strict=True)}
+    assert record["metrics"] == {
+        f"num_cases_{s}": n for s, n in zip(supervise.STATUSES, (3, 2, 1, 1, 0, 1), strict=True)
+    }
     assert record["device"]["kind"] == "cpu"
     assert "no such shape" in (tmp_path / "broken_cases.log").read_text()
 
@@ -67,7 +69,10 @@ def test_parts_are_optional_and_what_has_no_time_is_named(tmp_path, capsys):
     rows = results_table.rows_of(tmp_path, "peaks")
     assert {row["what"] for row in rows} == {"matmul", "copy", "read", "card"}
     assert all(row["rate_per_s"] > 0 for row in rows if row["what"] != "card")
-    assert report.run(parsed("--smoke", f"--out={tmp_path}", "--parts=kernels", "--minutes=0.1", "--seed=1")) in ([], ["kernels"])
+    assert report.run(parsed("--smoke", f"--out={tmp_path}", "--parts=kernels", "--minutes=0.1", "--seed=1")) in (
+        [],
+        ["kernels"],
+    )
     with pytest.raises(flags.IllegalFlagValueError, match="must be of peaks, kernels"):
         parsed("--parts=nothing")
     assert "skipped: nothing" in capsys.readouterr().out
@@ -286,7 +291,13 @@ def test_a_smoke_run_of_the_whole_report(tmp_path, capsys):
     for part in PARTS:
         if part.name != "mixtral":
             record = read_record(tmp_path / f"{part.name}.json")
-            bad = [name for name, status in zip(record["series"]["cases"]["case"], record["series"]["cases"]["status"], strict=True) if status != "ok"]
+            bad = [
+                name
+                for name, status in zip(
+                    record["series"]["cases"]["case"], record["series"]["cases"]["status"], strict=True
+                )
+                if status != "ok"
+            ]
             assert not bad, (part.name, bad, (tmp_path / f"{part.name}.log").read_text()[-2000:])
     assert (tmp_path / "end_to_end.png").exists()
     assert "best pair" in capsys.readouterr().out

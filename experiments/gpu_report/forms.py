@@ -1,5 +1,6 @@
 """Which kernels are there to be measured?  The one place where the report meets the names of implementations."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,19 +78,96 @@ def capped_matmuls(is_smoke: bool) -> Mapping[str, Callable[[int], Callable[...,
 
 
 def capped_attention(is_smoke: bool) -> Mapping[str, Callable[[int], Callable[[int], Callable[..., jax.Array]]]]:
-    """Name -> (number of CTAs -> (layer -> decode attention)), likewise."""
+    """Name -> (number of multiprocessors -> (layer -> decode attention)), likewise."""
     if is_smoke:
         return {"any": lambda num_ctas: lambda layer: attention("reference", layer)}
-    return {}
+    return {"mosaic decode": _mosaic_decode, "triton": _triton_decode}
+
+
+def _triton_decode(num_cores: int) -> Callable[[int], Callable[..., jax.Array]]:
+    """As many programs as fill so many multiprocessors; where they run is the GPU's choice."""
+    from pallas_kernels.paged_attention import triton_gpu
+
+    config = triton_gpu.Config()
+    config = dataclasses.replace(config, num_programs=num_cores * config.programs_per_core)
+
+    def in_layer(layer: int) -> Callable[..., jax.Array]:
+        def attend(q, k_pages, v_pages, *rest):
+            scale = q.shape[-1] ** -0.5
+            return triton_gpu.paged_attention(q, k_pages, v_pages, layer, *rest, sm_scale=scale, config=config)
+
+        return attend
+
+    return in_layer
+
+
+def _mosaic_decode(num_cores: int) -> Callable[[int], Callable[..., jax.Array]]:
+    """The decode kernel of the SM-exclusive pair: a fat CTA per multiprocessor."""
+    from pallas_kernels.overlap import decode, sm_exclusive
+
+    def in_layer(layer: int) -> Callable[..., jax.Array]:
+        def attend(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode):
+            del cu_q_lens
+            call = decode.prepare(
+                q, k_pages, v_pages, layer, kv_lens, page_indices, num_decode, sm_scale=q.shape[-1] ** -0.5,
+                num_ctas=num_cores, num_stages=sm_exclusive.num_stages(q, k_pages),
+            )  # fmt: skip
+            return decode.attend(call, call.inputs, call.schedule, None)
+
+        return attend
+
+    return in_layer
 
 
 def pairs(is_smoke: bool) -> Mapping[str, Callable[[int, int], Callable[[int], Callable[..., Any]]]]:
     """Form -> (CTAs of the matmul, CTAs of attention -> (layer -> f(x, weight, q, ...) -> (product, attended)))."""
-    return {"two streams, nothing capped": _on_two_streams(is_smoke)}
+    if is_smoke:
+        return {"two streams": _on_two_streams("reference")}
+    ours = {form: _overlap_form(form) for form in ("sm_exclusive", "capped_grid", "fused")}
+    return {
+        **ours,
+        "capped mosaic | triton": _capped_and_triton,
+        "cuBLAS | triton, not capped": _on_two_streams("triton"),
+    }
 
 
-def _on_two_streams(is_smoke: bool) -> Callable[[int, int], Callable[[int], Callable[..., Any]]]:
-    name = attention_names(is_smoke)[0]
+def _overlap_form(form: str) -> Callable[[int, int], Callable[[int], Callable[..., Any]]]:
+    """A form of `pallas_kernels.overlap`."""
+
+    def pair(num_matmul_ctas: int, num_attention_ctas: int) -> Callable[[int], Callable[..., Any]]:
+        from pallas_kernels.overlap import Split, matmul_and_decode_attention
+
+        split = Split(num_matmul_ctas, num_attention_ctas)
+
+        def in_layer(layer: int) -> Callable[..., Any]:
+            def run(x, weight, q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode):
+                del cu_q_lens
+                return matmul_and_decode_attention(
+                    x, weight, None, q, k_pages, v_pages, layer, kv_lens, page_indices, num_decode, form=form,
+                    share=split, out_dtype=x.dtype,
+                )  # fmt: skip
+
+            return run
+
+        return in_layer
+
+    return pair
+
+
+def _capped_and_triton(num_matmul_ctas: int, num_attention_ctas: int) -> Callable[[int], Callable[..., Any]]:
+    """The persistent matmul, and Triton's attention with few programs."""
+
+    def in_layer(layer: int) -> Callable[..., Any]:
+        product, attend = _mosaic_matmul(num_matmul_ctas), _triton_decode(num_attention_ctas)(layer)
+        return lambda x, w, *rest: jax.lax.optimization_barrier(
+            (streams.launch(0, product, x, w), streams.launch(1, attend, *rest, has_loops=True))
+        )
+
+    return in_layer
+
+
+def _on_two_streams(name: str) -> Callable[[int, int], Callable[[int], Callable[..., Any]]]:
+    """XLA's matmul and an attention side by side without any room made."""
 
     def pair(num_matmul_ctas: int, num_attention_ctas: int) -> Callable[[int], Callable[..., Any]]:
         del num_matmul_ctas, num_attention_ctas

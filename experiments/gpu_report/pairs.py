@@ -19,7 +19,9 @@ from experiments.gpu_report.programs import Comparison, measure
 from nanojax import hardware
 from nanojax.pipeline import streams
 
-MATMUL_SHARES = (0.5, 0.6, 0.67, 0.75, 0.85)
+MATMUL_SHARES = (0.5, 0.6, 0.7, 0.8)
+NOT_CAPPED = "not capped"
+"""In the name of a form to which numbers of CTAs mean nothing."""
 PROBE_SMEM_BYTES, PROBE_NS = (229_376, 196_608), 300_000
 """Shared memory like that of a matmul's CTA and of an attention kernel's: no two fit on one multiprocessor of Hopper."""
 
@@ -49,7 +51,12 @@ def comparisons(is_smoke: bool, num_cores: int) -> list[Comparison]:
     for name, make in forms.pairs(is_smoke).items():
         programs: dict[str, Callable[..., Any]] = _alone(is_smoke)
         columns: dict[str, Row] = {}
-        for n in sorted({round(share * num_cores) for share in (MATMUL_SHARES[:1] if is_smoke else MATMUL_SHARES)}):
+        for n in sorted(
+            {
+                round(share * num_cores)
+                for share in (MATMUL_SHARES[:1] if is_smoke or NOT_CAPPED in name else MATMUL_SHARES)
+            }
+        ):
             label = f"{name} {n}+{num_cores - n}"
             programs[label] = _pairs_in_a_row(make(n, num_cores - n))
             columns[label] = {"form": name, "num_matmul_ctas": n, "num_attention_ctas": num_cores - n}

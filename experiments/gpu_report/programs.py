@@ -4,7 +4,9 @@ The arguments are made on the device, by a traceable function: so that a machine
 of the report for one (`compile_all`).
 """
 
+import concurrent.futures
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +18,7 @@ from experiments.gpu_report.peaks import Limits, limits
 from experiments.gpu_report.timing import Run, time_interleaved
 
 ERROR_CHARACTERS = 300
+NUM_THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +52,9 @@ def timing_case(comparison: Comparison, setting: Setting) -> Case:
 def measure(comparison: Comparison, setting: Setting) -> list[Row]:
     """Times all programs that compile.  Raises RuntimeError when none does."""
     args = jax.block_until_ready(jax.jit(comparison.args)())
-    compiled, errors, compile_s = {}, {}, {}
-    for name in comparison.programs:
-        start_s = time.monotonic()
-        try:
-            compiled[name] = compile_program(comparison, name, args)
-        except Exception as error:  # one implementation that does not support a shape shall not hide the others
-            errors[name] = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
-        compile_s[name] = time.monotonic() - start_s
+    start_s = time.monotonic()
+    compiled, errors = _compile(comparison, args)
+    compile_s = time.monotonic() - start_s
     if not compiled:
         raise RuntimeError("; ".join(f"{name}: {text}" for name, text in errors.items()))
     runs = {name: Run(lambda f=f: f(*args), comparison.num_inner) for name, f in compiled.items()}
@@ -66,8 +64,21 @@ def measure(comparison: Comparison, setting: Setting) -> list[Row]:
         _row(comparison, name, bounds) | timings[name].row() | rates(comparison, timings[name].median_s, bounds)
         for name in compiled
     ]
-    rows = [row | {"compile_s": compile_s[row["program"]]} for row in rows]
+    rows[0]["compile_all_s"] = compile_s
     return [*rows, *({**_row(comparison, name, bounds), "error": text} for name, text in errors.items())]
+
+
+def _compile(comparison: Comparison, args: Sequence[Any]) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """The programs that compile, and why the others do not; several at a time, as most of it is not Python."""
+    errors = {}
+    with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+        waiting = {name: pool.submit(compile_program, comparison, name, args) for name in comparison.programs}
+        for name, future in list(waiting.items()):
+            error = future.exception()
+            if error is not None:  # one implementation that does not support a shape shall not hide the others
+                errors[name] = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
+                del waiting[name]
+    return {name: future.result() for name, future in waiting.items()}, errors
 
 
 def compile_program(comparison: Comparison, name: str, args: Sequence[Any]) -> Callable[..., Any]:

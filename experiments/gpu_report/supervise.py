@@ -71,7 +71,14 @@ def _run_process(
 ) -> int | None:  # fmt: skip
     """One process from case `first` on; the case to go on with in another one, None if all is dealt with."""
     plain = json.dumps({**dataclasses.asdict(setting), "out": str(setting.out)})
-    command = [sys.executable, "-m", "experiments.gpu_report.one_part", outcome.part.module, str(first), f"{seconds:.1f}"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.gpu_report.one_part",
+        outcome.part.module,
+        str(first),
+        f"{seconds:.1f}",
+    ]
     deadline_s = time.monotonic() + seconds + GRACE_S
     begun: tuple[str, int] | None = None
     begun_s, limit_s = time.monotonic(), START_LIMIT_S

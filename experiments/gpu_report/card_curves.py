@@ -5,6 +5,7 @@ GEMM).  With the multiprocessors divided, attention on n of N leaves N - n to th
 at which attention reaches P = T(N) / T(n).  The product itself has P = R by definition.
 """
 
+import itertools
 from collections.abc import Mapping
 
 from nanojax.pipeline.interference import PAPER_TABLE_3, Curve, Interference
@@ -52,7 +53,7 @@ def interference(
 
 def _along(points: list[tuple[int, float]], x: int) -> float:
     """Linear between points that ascend; beyond the last one its value."""
-    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+    for (left, low), (right, high) in itertools.pairwise(points):
         if x <= right:
             return low + (high - low) * (x - left) / (right - left)
     return points[-1][1]

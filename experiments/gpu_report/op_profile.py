@@ -3,8 +3,6 @@
 It is `experiments.profile_ops` with sizes of serving; its files (`profile_ops.*`) go into the report's folder.
 """
 
-import dataclasses
-
 from absl import flags
 
 from experiments import profile_ops, serving_flags
@@ -30,7 +28,7 @@ def flag_values(setting: Setting) -> flags.FlagValues:
             f"--repeats={setting.num_repeats}",
         ]  # fmt: skip
     values(["profile_ops", *arguments, f"--out={setting.out}", f"--seed={setting.seed}", "--cache_dir="])
-    return profile_ops.with_smoke(values)
+    return serving_flags.with_smoke(values)
 
 
 def _profile(setting: Setting) -> list[Row]:

@@ -70,7 +70,7 @@ def comparisons(is_smoke: bool, num_cores: int) -> list[Comparison]:
                 num_inner=inner,
                 columns={"job": f"{product.name}-{product.num_tokens} | {spec.name}"},
                 program_columns=columns,
-            )  # fmt: skip
+            )
         )
     return found
 

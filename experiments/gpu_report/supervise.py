@@ -98,7 +98,7 @@ def _run_process(
                     why = f"no answer for {time.monotonic() - begun_s:.0f} s"
                     break
                 if line is None:
-                    ended, why = "died", f"exit status {process.wait(timeout=GRACE_S)}; see {log.name}"
+                    ended, why = "died", f"exit status {_exit_status(process)}; see {log.name}"
                     break
                 message = json.loads(line)
                 if message.get("end"):
@@ -162,6 +162,15 @@ def write(outcome: Outcome, setting: Setting, config: Mapping[str, Any]) -> None
         series={"rows": rows, "cases": cases}, device=outcome.device or {"name": "unknown"},
     )  # fmt: skip
     write_record(record, setting.out / f"{outcome.part.name}.json")
+
+
+def _exit_status(process: subprocess.Popen) -> int | str:
+    """Of a process that closed its end of the pipe; one that does not end by itself then is ended."""
+    try:
+        return process.wait(timeout=GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return "none"
 
 
 def _pump(stream: Any, lines: "queue.Queue[str | None]") -> None:

@@ -5,13 +5,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.experimental import compute_on
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from nanojax import hardware
-from nanojax.pipeline import streams
 from pallas_kernels.matmul import matmul
 from pallas_kernels.paged_attention import paged_attention
+
+# jax 0.11 gave the newer function the older one's name.
+_annotate: Callable[..., Any] = getattr(compute_on, "compute_on2", None) or compute_on.compute_on
 
 GPU_ATTENTION = ("mosaic_gpu", "triton", "xla")
 CPU_ATTENTION = ("reference",)
@@ -67,7 +69,12 @@ def each(product: Callable[[Any, Any], Any]) -> Callable[[Any, list[Any]], list[
 
 def xla_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     """cuBLAS, as XLA calls it."""
-    return jnp.dot(x, weight)
+    return jax.lax.dot(x, weight)  # jnp.dot is a nested jit, which a stream call does not bear
+
+
+def on_stream(stream: int, operation: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`operation`, one array as its result and no jit in it, on a computation stream of its own."""
+    return _annotate(operation, compute_type=f"gpu_stream:{stream}", out_memory_spaces=jax.memory.Space.Device)
 
 
 def capped_matmuls(is_smoke: bool) -> Mapping[str, Callable[[int], Callable[..., jax.Array]]]:
@@ -160,7 +167,7 @@ def _capped_and_triton(num_matmul_ctas: int, num_attention_ctas: int) -> Callabl
     def in_layer(layer: int) -> Callable[..., Any]:
         product, attend = _mosaic_matmul(num_matmul_ctas), _triton_decode(num_attention_ctas)(layer)
         return lambda x, w, *rest: jax.lax.optimization_barrier(
-            (streams.launch(0, product, x, w), streams.launch(1, attend, *rest, has_loops=True))
+            (on_stream(1, product)(x, w), on_stream(2, attend)(*rest))
         )
 
     return in_layer
@@ -173,7 +180,7 @@ def _on_two_streams(name: str) -> Callable[[int, int], Callable[[int], Callable[
         del num_matmul_ctas, num_attention_ctas
         return lambda layer: (
             lambda x, w, *rest: jax.lax.optimization_barrier(
-                (streams.launch(0, xla_dot, x, w), streams.launch(1, attention(name, layer), *rest, has_loops=True))
+                (on_stream(1, xla_dot)(x, w), on_stream(2, attention(name, layer))(*rest))
             )
         )
 

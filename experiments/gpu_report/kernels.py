@@ -22,6 +22,7 @@ from experiments.gpu_report.jobs import (
     prefill_specs,
     products,
 )
+from nanojax import hardware
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.arg_specs import ArgSpec
 
@@ -30,7 +31,7 @@ MAX_ERROR_RATIO = 2.0
 
 
 def cases(setting: Setting) -> list[Case]:
-    """Attention by batch and implementation, products by shape and implementation."""
+    """Attention by batch and implementation, products by shape and implementation, pairs by form."""
     small = setting.is_smoke
     specs = mixed_specs(True) if small else [*decode_specs(False), *mixed_specs(False), *prefill_specs(False)]
     found = [
@@ -38,17 +39,19 @@ def cases(setting: Setting) -> list[Case]:
         for name in forms.attention_names(small)
         for spec in specs
     ]
-    return [
-        *found,
-        *(
-            Case(
-                f"{name} {product.name}-{product.num_tokens}",
-                lambda p=product, name=name, f=call: [_check_product(p, name, f, setting)],
-            )
-            for product in products(small, (128, 1024))
-            for name, call in forms.matmuls(small).items()
-        ),
+    found += [
+        Case(
+            f"{name} {product.name}-{product.num_tokens}",
+            lambda p=product, name=name, f=call: [_check_product(p, name, f, setting)],
+        )
+        for product in products(small, (128, 1024))
+        for name, call in forms.matmuls(small).items()
     ]
+    found += [
+        Case(f"pair {name}", lambda name=name, make=make: _check_pair(name, make, setting))
+        for name, make in forms.pairs(small).items()
+    ]
+    return found
 
 
 def _attention_args(spec: ArgSpec, seed: int) -> tuple:
@@ -63,13 +66,7 @@ def _product_args(product: Product, seed: int) -> tuple:
 def _check_attention(spec: ArgSpec, name: str, setting: Setting) -> Row:
     args = jax.block_until_ready(jax.jit(lambda: _attention_args(spec, setting.seed))())
     attend = jax.jit(forms.attention(name, LAYER))
-    plain = jax.jit(lambda *a: paged_attention(*a[:3], LAYER, *a[3:], implementation="reference"))
-    exact = jax.jit(
-        lambda q, k, v, *rest: paged_attention(
-            *(x.astype(jnp.float32) for x in (q, k[LAYER:][:1], v[LAYER:][:1])), 0, *rest, implementation="reference"
-        )
-    )
-    row = _errors(attend, plain, exact, args)
+    row = _errors(attend, jax.jit(_plain_attention), jax.jit(_exact_attention), args)
     padding = attend(*args)[sum(spec.q_lens) :]
     row["num_padding_not_zero"] = int(jnp.sum(padding != 0))
     row["is_ok"] = bool(row["is_ok"] and row["num_padding_not_zero"] == 0)
@@ -78,11 +75,46 @@ def _check_attention(spec: ArgSpec, name: str, setting: Setting) -> Row:
 
 def _check_product(product: Product, name: str, call: Callable[..., Any], setting: Setting) -> Row:
     args = jax.block_until_ready(jax.jit(lambda: _product_args(product, setting.seed))())
-    exact = jax.jit(
-        lambda x, w: jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    )
-    row = _errors(jax.jit(call), jax.jit(jnp.dot), exact, args)
+    row = _errors(jax.jit(call), jax.jit(jnp.dot), jax.jit(_exact_product), args)
     return {**product.columns, "kernel": "matmul", "implementation": name, **row}
+
+
+def _check_pair(name: str, make: Callable[..., Any], setting: Setting) -> list[Row]:
+    """Both results of a matmul and decode attention side by side."""
+    product = next(p for p in products(setting.is_smoke, (1024,)) if p.name == "UG")
+    spec = decode_specs(setting.is_smoke)[0]
+    num_cores = max(hardware.detect().num_cores, 4)
+    num_matmul = round(0.6 * num_cores)
+    pair = make(num_matmul, num_cores - num_matmul)(LAYER)
+    args = jax.block_until_ready(
+        jax.jit(lambda: (*_product_args(product, setting.seed), *_attention_args(spec, setting.seed)))()
+    )
+    both = jax.jit(pair)
+    checks = {
+        "product": (0, lambda x, w, *rest: jnp.dot(x, w), lambda x, w, *rest: _exact_product(x, w)),
+        "attention": (1, lambda x, w, *rest: _plain_attention(*rest), lambda x, w, *rest: _exact_attention(*rest)),
+    }
+    return [
+        {
+            "job": f"{product.name}-{product.num_tokens} | {spec.name}", "kernel": f"pair, {what}", "implementation": name,
+            **_errors(lambda *a, i=i: both(*a)[i], jax.jit(plain), jax.jit(exact), args),
+        }
+        for what, (i, plain, exact) in checks.items()
+    ]  # fmt: skip
+
+
+def _plain_attention(q, k, v, *rest) -> jax.Array:
+    return paged_attention(q, k, v, LAYER, *rest, implementation="reference")
+
+
+def _exact_attention(q, k, v, *rest) -> jax.Array:
+    """In float32, all layers but one left out."""
+    arrays = (x.astype(jnp.float32) for x in (q, k[LAYER:][:1], v[LAYER:][:1]))
+    return paged_attention(*arrays, 0, *rest, implementation="reference")
+
+
+def _exact_product(x, w) -> jax.Array:
+    return jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def _errors(call: Callable[..., Any], plain: Callable[..., Any], exact: Callable[..., Any], args: tuple) -> Row:

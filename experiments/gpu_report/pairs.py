@@ -17,7 +17,6 @@ from experiments.gpu_report.cases import Case, Row, Setting
 from experiments.gpu_report.jobs import attention_args, decode_spec, num_inner, products, small
 from experiments.gpu_report.programs import Comparison, measure
 from nanojax import hardware
-from nanojax.pipeline import streams
 
 MATMUL_SHARES = (0.5, 0.6, 0.7, 0.8)
 NOT_CAPPED = "not capped"
@@ -132,8 +131,8 @@ def probe_pair(num_first: int, num_second: int) -> Callable[[jax.Array], tuple[j
         return lambda token: occupy(token, num_ctas=num_ctas, smem_bytes=smem_bytes, spin_ns=PROBE_NS)
 
     def run(token: jax.Array) -> tuple[jax.Array, jax.Array]:
-        first = streams.launch(0, one(num_first, PROBE_SMEM_BYTES[0]), token, has_loops=True)
-        second = streams.launch(1, one(num_second, PROBE_SMEM_BYTES[1]), token, has_loops=True)
+        first = forms.on_stream(1, one(num_first, PROBE_SMEM_BYTES[0]))(token)
+        second = forms.on_stream(2, one(num_second, PROBE_SMEM_BYTES[1]))(token)
         return jax.lax.optimization_barrier((first, second))
 
     return run

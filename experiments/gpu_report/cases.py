@@ -45,6 +45,7 @@ class Part:
 
     limit_s: seconds that it gets at most of the report's.    needs_s: not begun with less left.
     origin: of its numbers.    needs_device: whether it touches the GPU.
+    leaves_memory: JAX must not take the card's memory in advance.    package: where the module is.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Part:
     needs_s: float = 15.0
     origin: str = "measured"
     needs_device: bool = True
+    leaves_memory: bool = False
     package: str = "experiments.gpu_report"
 
     @property
@@ -72,7 +74,7 @@ PARTS = (
     Part("end_to_end", "How many tokens per second does LLaMA-3-8B serve?", 170, needs_s=60),
     Part("step_trace", "Where does the time of a step go?", 50, needs_s=40),
     Part("baselines", "How fast are XLA's and cuDNN's kernels?", 50),
-    Part("baselines_torch", "How fast are PyTorch's kernels and its serving loop?", 60),
+    Part("baselines_torch", "How fast are PyTorch's kernels and its serving loop?", 60, leaves_memory=True),
     Part("mixtral", "How many tokens per second does Mixtral-8x7B serve?", 120, needs_s=90),
 )
 """In the order in which they run: what later parts read, then what is wanted most."""

@@ -2,9 +2,11 @@
 
 The matmul is UG's of one nano-batch, the attention that of the other: about the same time each, as in the pipeline for one
 device.  A row has T(pair) / (T1 + T2) and T(pair) / max(T1, T2); T1 is the fastest matmul alone on the whole device (cuBLAS
-among them), T2 the fastest attention.  Last, `placement` runs two kernels that do nothing but note where and when.
+among them), T2 the fastest attention.  Then the proof that the two run at the same time: a profiler's trace of the real
+kernels, and `placement`, two kernels of their shape that do nothing but note by `%smid` and `%globaltimer` where and when.
 """
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,8 @@ import numpy as np
 from experiments.gpu_report import forms
 from experiments.gpu_report.cases import Case, Row, Setting
 from experiments.gpu_report.jobs import attention_args, decode_spec, num_inner, products, small
-from experiments.gpu_report.programs import Comparison, measure
+from experiments.gpu_report.programs import Comparison, compile_program, measure
+from experiments.gpu_report.trace_times import read_trace, seconds_by_depth
 from nanojax import hardware
 
 MATMUL_SHARES = (0.5, 0.6, 0.7, 0.8)
@@ -30,6 +33,10 @@ def cases(setting: Setting) -> list[Case]:
     num_cores = max(hardware.detect().num_cores, 4)
     found = [
         Case(one.name, lambda one=one: _with_ratios(measure(one, setting)), needs_s=6.0, limit_s=150)
+        for one in comparisons(setting.is_smoke, num_cores)
+    ]
+    found += [
+        Case(f"trace of {one.name}", lambda one=one: [_trace(one, setting)], needs_s=6.0)
         for one in comparisons(setting.is_smoke, num_cores)
     ]
     if setting.is_smoke and jax.default_backend() == "cpu":
@@ -121,6 +128,22 @@ def _with_ratios(rows: list[Row]) -> list[Row]:
         else row
         for row in rows
     ]  # fmt: skip
+
+
+def _trace(comparison: Comparison, setting: Setting) -> Row:
+    """Seconds in which two streams were busy at a time, by the profiler, in the first division of the form's."""
+    name = next(iter(comparison.program_columns))
+    args = jax.block_until_ready(jax.jit(comparison.args)())
+    program = compile_program(comparison, name, args)
+    jax.block_until_ready(program(*args))
+    folder = setting.out / "trace_pairs"
+    shutil.rmtree(folder, ignore_errors=True)
+    with jax.profiler.trace(str(folder)):
+        jax.block_until_ready(program(*args))
+    depths = seconds_by_depth(read_trace(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    both_s = sum(depths[2:]) / comparison.num_inner
+    return {"program": f"trace of {name}", "both_s": both_s, "span_s": sum(depths) / comparison.num_inner}
 
 
 def probe_pair(num_first: int, num_second: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:

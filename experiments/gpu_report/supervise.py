@@ -50,7 +50,11 @@ def run_part(
 ) -> Outcome:  # fmt: skip
     """Runs a part for at most about `seconds`; writes `<part>.json` and `<part>.log` into the folder of the report."""
     outcome, start_s = Outcome(part), time.monotonic()
-    environment = {**environment, **({} if part.needs_device else {"JAX_PLATFORMS": "cpu"})}
+    environment = {
+        **environment,
+        **({} if part.needs_device else {"JAX_PLATFORMS": "cpu"}),
+        **({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if part.leaves_memory else {}),
+    }
     log = setting.out / f"{part.name}.log"
     log.write_text("", encoding="utf-8")
     next_case: int | None = 0

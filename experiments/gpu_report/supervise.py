@@ -91,7 +91,8 @@ def _run_process(
             [*command, plain], stdout=subprocess.PIPE, stderr=log_file, text=True, env={**os.environ, **environment}
         )
         lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True).start()
+        pump = threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True)
+        pump.start()
         try:
             while True:
                 wait_s = min(begun_s + limit_s, deadline_s) - time.monotonic()
@@ -116,6 +117,7 @@ def _run_process(
             if process.poll() is None:
                 process.kill()
             process.wait()
+            pump.join(GRACE_S)
     return _after_death(outcome, begun, ended, why, time.monotonic() - begun_s, first, show)
 
 
@@ -179,6 +181,7 @@ def _exit_status(process: subprocess.Popen) -> int | str:
 
 def _pump(stream: Any, lines: "queue.Queue[str | None]") -> None:
     """Lines of a pipe into a queue, None at its end, so that waiting for one can have a limit."""
-    for line in stream:
-        lines.put(line)
+    with stream:
+        for line in stream:
+            lines.put(line)
     lines.put(None)

@@ -104,6 +104,8 @@ def flag_values(point: Point, model: str, found: steady_state.Plan, setting: Set
         if file.suffix == ".json" and not file.exists():
             raise ValueError(f"there is no {file.name}: no pipeline was searched for")
         arguments["pipeline"] = file if file.exists() else point.pipeline
+    if setting.is_smoke:
+        arguments["attention"] = "reference"  # which compiles fast
     if point.use_streams and "streams" in values:
         arguments["streams"] = "true"
     values(["gpu_report", *(f"--{name}={value}" for name, value in arguments.items())])

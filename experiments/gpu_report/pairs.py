@@ -17,7 +17,7 @@ import numpy as np
 from experiments.gpu_report import forms
 from experiments.gpu_report.cases import Case, Row, Setting
 from experiments.gpu_report.jobs import attention_args, decode_spec, num_inner, products, small
-from experiments.gpu_report.programs import Comparison, compile_program, measure
+from experiments.gpu_report.programs import Comparison, compile_program, measure, options_here
 from experiments.gpu_report.trace_times import read_trace, seconds_by_depth
 from nanojax import hardware
 
@@ -168,7 +168,7 @@ def _placement(num_cores: int) -> list[Row]:
     rows = []
     for first in (num_cores - num_cores // 3, num_cores // 2):
         program = jax.jit(probe_pair(first, num_cores - first)).lower(jnp.zeros(128, jnp.int32))
-        compiled = program.compile(compiler_options={"xla_gpu_graph_min_graph_size": 1})
+        compiled = program.compile(compiler_options=options_here())
         for _ in range(3):  # the last one counts: by then the graph is there
             stamps = jax.block_until_ready(compiled(jnp.zeros(128, jnp.int32)))
         rows.append(co_execution(*(read_stamps(one) for one in stamps)))

@@ -16,6 +16,7 @@ import jax
 from experiments.gpu_report.cases import Case, Row, Setting
 from experiments.gpu_report.peaks import Limits, limits
 from experiments.gpu_report.timing import Run, time_interleaved
+from nanojax.pipeline.compiler_options import gpu_options
 
 ERROR_CHARACTERS = 300
 NUM_THREADS = min(8, os.cpu_count() or 1)
@@ -28,7 +29,6 @@ class Comparison:
     args: makes the arrays; traceable.    programs: name -> function of the arrays; each does the job `num_inner` times.
     flops, num_bytes: of one job, as little as it can do with; what the roofline is made of.    columns: what the job is.
     num_ctas, or whatever else tells programs apart in numbers, goes into `program_columns`, by program.
-    compiler_options: by program, for `lowered.compile`.
     """
 
     name: str
@@ -39,7 +39,6 @@ class Comparison:
     num_inner: int = 1
     columns: Row = dataclasses.field(default_factory=dict)
     program_columns: Mapping[str, Row] = dataclasses.field(default_factory=dict)
-    compiler_options: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     needs_s: float = 5.0
 
 
@@ -83,8 +82,12 @@ def _compile(comparison: Comparison, args: Sequence[Any]) -> tuple[dict[str, Cal
 
 def compile_program(comparison: Comparison, name: str, args: Sequence[Any]) -> Callable[..., Any]:
     """The compiled program for arguments, or shapes of arguments, `args`."""
-    lowered = jax.jit(comparison.programs[name]).lower(*args)
-    return lowered.compile(compiler_options=comparison.compiler_options.get(name))
+    return jax.jit(comparison.programs[name]).lower(*args).compile(compiler_options=options_here())
+
+
+def options_here() -> dict[str, bool | int | str] | None:
+    """XLA's options on a GPU, those of the engine's steps: everything in one CUDA graph, products never merged."""
+    return dict(gpu_options()) if jax.default_backend() == "gpu" else None
 
 
 def rates(comparison: Comparison, seconds: float, bounds: Limits) -> Row:

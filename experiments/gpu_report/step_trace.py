@@ -15,6 +15,7 @@ from experiments import breakdown, serving
 from experiments.gpu_report import end_to_end
 from experiments.gpu_report.cases import Case, Row, Setting
 from experiments.gpu_report.end_to_end import Point
+from experiments.gpu_report.programs import options_here
 from experiments.gpu_report.trace_times import busy_by_operation, read_trace, scopes_of, seconds_by_depth
 from nanojax import engine as core
 from nanojax.pipeline import execute
@@ -67,7 +68,7 @@ def _trace(point: Point, setting: Setting) -> list[Row]:
     def fresh() -> Any:  # a step consumes its state, of which some arrays are one buffer
         return jax.block_until_ready(jax.tree.map(jnp.copy, small))
 
-    compiled = step.lower(loaded.params, fresh().replace(kv=kv)).compile()
+    compiled = step.lower(loaded.params, fresh().replace(kv=kv)).compile(compiler_options=options_here())
     states = [fresh() for _ in range(NUM_STEPS + 1)]
     kv = compiled(loaded.params, states.pop().replace(kv=kv))[0].kv
     folder = setting.out / f"trace_{point.how}"

@@ -124,7 +124,7 @@ def _cudnn_paged(q, k, v, kv_lens, table):
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, paged_attention
 
     pages = table[:, None, :, None]
-    result = paged_attention(
+    result: Any = paged_attention(
         q[:, :, None], k, v, jnp.ones_like(kv_lens), kv_lens, pages, pages, scale=q.shape[-1] ** -0.5,
         mask_type=MaskType.PADDING, qkv_layout="BNTH",
     )  # fmt: skip

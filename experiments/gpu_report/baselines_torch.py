@@ -108,10 +108,13 @@ def _transformers(setting: Setting) -> Row:
         else (model.d_model, model.num_heads, model.num_kv_heads, model.d_ff, model.vocab_size)
     )
     num_requests, input_len, output_len = (2, 8, 4) if setting.is_smoke else (256, 512, 128)
+    more: dict[str, Any] = {
+        "dtype": torch.bfloat16,
+        "attn_implementation": "paged|sdpa" if device == "cuda" else "sdpa",
+    }
     config = transformers.LlamaConfig(
         num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=hidden, vocab_size=vocab, max_position_embeddings=2048, torch_dtype=torch.bfloat16,
-        attn_implementation="paged|sdpa" if device == "cuda" else "sdpa",
+        intermediate_size=hidden, vocab_size=vocab, max_position_embeddings=2048,  **more,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):

@@ -7,7 +7,7 @@ Both kernels are persistent: their grid is the number of CTAs, one per multiproc
 import jax.numpy as jnp
 
 from experiments.gpu_report import forms
-from experiments.gpu_report.cases import Case, Setting
+from experiments.gpu_report.cases import Case, Row, Setting
 from experiments.gpu_report.jobs import Product, attention_args, attention_columns, decode_specs, num_inner, products
 from experiments.gpu_report.programs import Comparison, timing_case
 from nanojax import hardware
@@ -41,7 +41,7 @@ def comparisons(is_smoke: bool, num_cores: int) -> list[Comparison]:
 def _product(product: Product, is_smoke: bool, num_cores: int) -> Comparison:
     inner = num_inner(is_smoke)
     programs = {"xla": forms.each(forms.xla_dot)}
-    columns = {"xla": {"implementation": "xla"}}
+    columns: dict[str, Row] = {"xla": {"implementation": "xla"}}
     for name, make in forms.capped_matmuls(is_smoke).items():
         for n in counts(num_cores):
             programs[f"{name} {n}"] = forms.each(make(n))

@@ -61,11 +61,7 @@ def points(is_smoke: bool) -> list[Point]:
         return Point(lengths, how, **_WAYS[how], **more)
 
     if is_smoke:
-        return [
-            point("12/6", "sequential"),
-            point("12/6", "overlap"),
-            point("12/6", "sequential", driver="device_loop"),
-        ]
+        return [point("12/6", "sequential"), point("12/6", "searched")]
     found = [point("512/512", how) for how in _WAYS]
     found += [point("1024/512", how) for how in ("sequential", "overlap")]
     found += [point("512/512", "sequential", driver=driver) for driver in ("host_sync", "device_loop")]

@@ -103,14 +103,14 @@ def _check_pair(name: str, make: Callable[..., Any], setting: Setting) -> list[R
     ]  # fmt: skip
 
 
-def _plain_attention(q, k, v, *rest) -> jax.Array:
+def _plain_attention(q, k, v, *rest: Any) -> jax.Array:
     return paged_attention(q, k, v, LAYER, *rest, implementation="reference")
 
 
 def _exact_attention(q, k, v, *rest) -> jax.Array:
     """In float32, all layers but one left out."""
-    arrays = (x.astype(jnp.float32) for x in (q, k[LAYER:][:1], v[LAYER:][:1]))
-    return paged_attention(*arrays, 0, *rest, implementation="reference")
+    q, k, v = (x.astype(jnp.float32) for x in (q, k[LAYER:][:1], v[LAYER:][:1]))
+    return paged_attention(q, k, v, 0, *rest, implementation="reference")
 
 
 def _exact_product(x, w) -> jax.Array:

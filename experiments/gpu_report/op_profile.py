@@ -21,7 +21,7 @@ def flag_values(setting: Setting) -> flags.FlagValues:
     values = flags.FlagValues()
     profile_ops.define_flags(values)
     if setting.is_smoke:
-        arguments = ["--smoke", "--attention=reference"]
+        arguments = ["--smoke", "--attention=reference", "--num_tokens=8", "--context_lens=12", "--repeats=2"]
     else:
         arguments = [
             "--model=llama-3-8b", f"--num_tokens={SIZES}", f"--context_lens={CONTEXTS}", "--page_size=64",

@@ -85,7 +85,7 @@ def compile_program(comparison: Comparison, name: str, args: Sequence[Any]) -> C
     return jax.jit(comparison.programs[name]).lower(*args).compile(compiler_options=options_here())
 
 
-def options_here() -> dict[str, bool | int | str] | None:
+def options_here() -> dict[str, Any] | None:
     """XLA's options on a GPU, those of the engine's steps: everything in one CUDA graph, products never merged."""
     return dict(gpu_options()) if jax.default_backend() == "gpu" else None
 

@@ -3,6 +3,7 @@
 The step is that of `end_to_end`: as many decode rows and prefill tokens as a steady state of 512/512 has.
 """
 
+import dataclasses
 import functools
 import shutil
 from typing import Any
@@ -63,23 +64,23 @@ def _trace(point: Point, setting: Setting) -> list[Row]:
         donate_argnums=1,
     )
     state = breakdown.lay_out(config, typical, core.init(config, loaded.config, serving.kv_dtype(values)), 0.0)
-    kv, small = state.kv, state.replace(kv=jax.tree.map(lambda x: x[:0], state.kv))
+    kv, small = state.kv, dataclasses.replace(state, kv=jax.tree.map(lambda x: x[:0], state.kv))
 
     def fresh() -> Any:  # a step consumes its state, of which some arrays are one buffer
         return jax.block_until_ready(jax.tree.map(jnp.copy, small))
 
-    compiled = step.lower(loaded.params, fresh().replace(kv=kv)).compile(compiler_options=options_here())
+    compiled = step.lower(loaded.params, dataclasses.replace(fresh(), kv=kv)).compile(compiler_options=options_here())
     states = [fresh() for _ in range(NUM_STEPS + 1)]
-    kv = compiled(loaded.params, states.pop().replace(kv=kv))[0].kv
+    kv = compiled(loaded.params, dataclasses.replace(states.pop(), kv=kv))[0].kv
     folder = setting.out / f"trace_{point.how}"
     shutil.rmtree(folder, ignore_errors=True)
     with jax.profiler.trace(str(folder)):
         for one in states:
-            new, report = compiled(loaded.params, one.replace(kv=kv))
+            new, report = compiled(loaded.params, dataclasses.replace(one, kv=kv))
             kv = new.kv
             jax.block_until_ready(report)
     kernels = read_trace(folder)
-    rows = _rows(kernels, compiled.as_text())
+    rows = _rows(kernels, compiled.as_text() or "")
     shutil.rmtree(folder, ignore_errors=True)  # hundreds of megabytes
     return [{"pipeline": point.how, "token_budget": budget, "num_decode": capacity.num_decode, **row} for row in rows]
 

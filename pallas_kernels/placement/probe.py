@@ -10,6 +10,8 @@ The registers are `%smid` and `%globaltimer` (nanoseconds, one clock for the who
 to 1 us): PTX ISA, "Special Registers".
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +75,6 @@ def _stamp(spin_ns: int | None):
     layout = plgpu.Layout.WG_STRIDED((WIDTH,), vec_size=1)
     row = plgpu.ShapeDtypeStruct((WIDTH,), jnp.int32, layout=layout)
 
-    @plgpu.inline_mgpu(return_type=(row, row, row))
     def read(_):
         i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
         if spin_ns is not None:
@@ -85,7 +86,7 @@ def _stamp(spin_ns: int | None):
         strided = mgpu.WGStridedFragLayout((WIDTH,), vec_size=1)
         return tuple(mgpu.FragmentedArray.splat(x, (WIDTH,), strided, is_signed=True) for x in (sm, low, high))
 
-    return read()
+    return plgpu.inline_mgpu(return_type=(row, row, row))(read)()
 
 
 # Braces keep the registers apart where the text is inlined twice; `${:uid}` does so for the label.
@@ -96,5 +97,5 @@ WAIT${:uid}: mov.u64 now, %globaltimer; sub.u64 now, now, first; setp.lt.u64 ear
 }"""
 
 
-def _asm(result: ir.Type | None, text: str, constraints: str, *operands: ir.Value):
+def _asm(result: ir.Type | None, text: str, constraints: str, *operands: ir.Value) -> Any:
     return llvm.inline_asm(result, list(operands), text, constraints, asm_dialect=0, has_side_effects=True)

@@ -173,7 +173,7 @@ def test_stamps_say_whether_two_kernels_ran_at_the_same_time_and_apart():
         row = [0, *(np.uint32(x).astype(np.int32) for half in halves for x in half)]
         table = np.tile(np.array(row, np.int32)[None, :, None], (len(sms), 1, 128))
         table[:, 0] = np.array(sms)[:, None]
-        return read_stamps(table)
+        return read_stamps(jnp.asarray(table))
 
     one, two = stamps([0, 1, 2], high, high + 100), stamps([3, 4], high + 40, high + 140)
     assert one["start_ns"].tolist() == [high] * 3

@@ -114,7 +114,7 @@ def _transformers(setting: Setting) -> Row:
     }
     config = transformers.LlamaConfig(
         num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=hidden, vocab_size=vocab, max_position_embeddings=2048,  **more,
+        intermediate_size=hidden, vocab_size=vocab, max_position_embeddings=2048, **more,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):

@@ -36,6 +36,7 @@ RANKS = [
     ["nanojax.serve", "nanojax.simulate"],
     ["nanojax.fleet"],
     ["experiments"],
+    ["experiments.gpu_report"],
 ]
 FORBIDDEN_NAMES = {"utils", "helpers", "base", "types", "common", "misc"}
 

@@ -110,10 +110,11 @@ def _triton_decode(num_cores: int) -> Callable[[int], Callable[..., jax.Array]]:
 
 def _mosaic_decode(num_cores: int) -> Callable[[int], Callable[..., jax.Array]]:
     """The decode kernel of the SM-exclusive pair: a fat CTA per multiprocessor."""
-    from pallas_kernels.overlap import decode, sm_exclusive
 
     def in_layer(layer: int) -> Callable[..., jax.Array]:
         def attend(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode):
+            from pallas_kernels.overlap import decode, sm_exclusive
+
             del cu_q_lens
             call = decode.prepare(
                 q, k_pages, v_pages, layer, kv_lens, page_indices, num_decode, sm_scale=q.shape[-1] ** -0.5,
@@ -142,13 +143,12 @@ def _overlap_form(form: str) -> Callable[[int, int], Callable[[int], Callable[..
     """A form of `pallas_kernels.overlap`."""
 
     def pair(num_matmul_ctas: int, num_attention_ctas: int) -> Callable[[int], Callable[..., Any]]:
-        from pallas_kernels.overlap import Split, matmul_and_decode_attention
-
-        split = Split(num_matmul_ctas, num_attention_ctas)
-
         def in_layer(layer: int) -> Callable[..., Any]:
             def run(x, weight, q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode):
+                from pallas_kernels.overlap import Split, matmul_and_decode_attention
+
                 del cu_q_lens
+                split = Split(num_matmul_ctas, num_attention_ctas)
                 return matmul_and_decode_attention(
                     x, weight, None, q, k_pages, v_pages, layer, kv_lens, page_indices, num_decode, form=form,
                     share=split, out_dtype=x.dtype,

@@ -69,7 +69,7 @@ def pair_ratios(folder: pathlib.Path) -> pathlib.Path:
             lines.append(figures.Line(form, record["origin"], share, [row[column] for row in own], panel))
     return figures.line_chart(
         "A matmul and decode attention side by side", _sources(record), lines, folder / "pair_ratios.png",
-        x_label="the matmul's share of the multiprocessors", y_label="time ratio", horizontal={"1": 1.0},
+        x_label="the matmul's share of the multiprocessors", y_label="time ratio", horizontal={"": 1.0},
         notes=[str(rows[0]["job"]), "T1: the fastest matmul alone on the whole device, cuBLAS among them; T2: the fastest attention"],
     )  # fmt: skip
 

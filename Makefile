@@ -12,7 +12,7 @@ CUDA_COMPILER := "jax-cuda12-plugin; python_version < '3.12'" "jax-cuda12-pjrt; 
 	"jax-cuda13-pjrt; python_version >= '3.12'" "nvidia-cuda-nvcc; python_version >= '3.12'" \
 	"nvidia-cuda-crt; python_version >= '3.12'" "nvidia-nvvm; python_version >= '3.12'" triton==3.6.0
 
-.PHONY: run test test-gpu-compile figures lint parity clean
+.PHONY: run test test-gpu-compile gpu-report figures lint parity clean
 
 run: $(VENV)/run.done
 	$(VENV)/bin/python -m experiments.offline_throughput
@@ -23,6 +23,11 @@ test: $(VENV)/test.done
 # Compiles for GPUs that are not there and reads the code; in an environment of its own, which needs 1.2 GB more.
 test-gpu-compile: $(GPU_COMPILE)/gpu-compile.done
 	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(GPU_COMPILE)/bin/python -m pytest -n 0 -m gpu_compile $(PYTEST_ARGS)
+
+# Measures one NVIDIA GPU in at most 9 minutes, with the Python environment that is there (PYTHON), needing no network:
+# WHEELS names a folder of wheels to use besides, OUT one for the report, ARGS more flags.
+gpu-report:
+	$(PYTHON) -m experiments.gpu_report $(if $(OUT),--out=$(OUT)) $(if $(WHEELS),--wheels=$(WHEELS)) $(ARGS)
 
 figures: $(VENV)/run.done
 	$(VENV)/bin/python -m experiments.reproduce --out=out/paper

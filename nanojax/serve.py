@@ -225,6 +225,25 @@ class Engine:
             self._poll_into(outputs, on_event)
         return [outputs[request.request_id] for request in requests]
 
+    def start_in_the_middle(self, requests: Sequence[Request]) -> None:
+        """Submits requests as if their prompts had been computed before; what they then say means nothing.
+
+        For measurements of a steady state, which else takes minutes to reach.  Raises ValueError as `check` does, or when
+        slots or pages are not enough for all of them, or some others are not finished.
+        """
+        num_pages = sum(-(-len(request.prompt_ids) // self.config.page_size) for request in requests)
+        if self._live or len(requests) > self.config.num_slots or num_pages > self.config.num_pages:
+            raise ValueError(
+                f"{len(requests)} requests of {num_pages} pages beside {len(self._live)} unfinished ones do not fit "
+                f"num_slots={self.config.num_slots}, num_pages={self.config.num_pages}"
+            )
+        self._check_all(requests)
+        for request in requests:
+            self.submit(request)
+        self._fill_slots()
+        self._state = jax.jit(functools.partial(core.assume_computed, self.config), donate_argnums=0)(self._state)
+        self._num_todo = len(requests)
+
     def warm_up(self) -> None:
         """Compiles everything that serving needs, so that no request waits for it."""
         nothing = self._arrivals([])

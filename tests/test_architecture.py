@@ -41,6 +41,7 @@ RANKS = [
     ["nanojax.serve", "nanojax.simulate"],
     ["nanojax.fleet"],
     ["experiments"],
+    ["experiments.gpu_report"],
 ]
 FORBIDDEN_NAMES = {"utils", "helpers", "base", "types", "common", "misc"}
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.device import num_multiprocessors, platform
-from pallas_kernels.matmul import mosaic_gpu
 
 PANEL = 32
 """Columns must be a multiple of this for "numba"."""
@@ -49,6 +48,8 @@ def matmul(
             reason = _why_not_mosaic(x, kernel)
             if reason is not None:
                 raise NotImplementedError(f"implementation='mosaic_gpu' {reason}")
+            from pallas_kernels.matmul import mosaic_gpu  # takes a second, too
+
             count = num_multiprocessors() if num_ctas is None else num_ctas
             return mosaic_gpu.matmul(x, kernel, num_ctas=count)
         case _:
@@ -59,15 +60,15 @@ def _why_not_mosaic(x, kernel) -> str | None:
     """What keeps `mosaic_gpu` from the call, None if nothing does."""
     if platform() != "gpu":
         return f"runs on 'gpu' (Hopper), not on {platform()!r}"
+    from pallas_kernels.matmul import mosaic_gpu
+
     return mosaic_gpu.why_not(x, kernel)
 
 
 def _why_not_numba(kernel) -> str | None:
     """What keeps `numba_cpu` from the call, None if nothing does."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device  # of a GPU that is not there, or nothing
-    platform = jax.default_backend() if abstract is None else abstract.platform
-    if platform != "cpu":
-        return f"runs on 'cpu', not on {platform!r}"
+    if platform() != "cpu":
+        return f"runs on 'cpu', not on {platform()!r}"
     if kernel.dtype != jnp.bfloat16 or kernel.shape[0] % 2 or kernel.shape[1] % PANEL:
         return f"needs a bfloat16 kernel of [even, multiple of {PANEL}], not {kernel.dtype.name} {list(kernel.shape)}"
     return _why_not_this_cpu()

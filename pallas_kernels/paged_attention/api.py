@@ -3,9 +3,9 @@
 import importlib.util
 import math
 
-import jax
 from jaxtyping import Array, Float, Int32, UInt16
 
+from pallas_kernels.device import platform
 from pallas_kernels.paged_attention import reference, triton_gpu, xla
 
 
@@ -92,10 +92,8 @@ def _why_not_triton(q, k_pages, v_pages) -> str | None:
 
 def _why_not_numba(k_pages, v_pages) -> str | None:
     """What keeps `numba_cpu` from the call, None if nothing does."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device  # of a GPU that is not there, or nothing
-    platform = jax.default_backend() if abstract is None else abstract.platform
-    if platform != "cpu":
-        return f"runs on 'cpu', not on {platform!r}"
+    if platform() != "cpu":
+        return f"runs on 'cpu', not on {platform()!r}"
     if importlib.util.find_spec("numba") is None:
         return "needs the package numba, which is not installed"
     dtypes = (k_pages.dtype.name, v_pages.dtype.name)

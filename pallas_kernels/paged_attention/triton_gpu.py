@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt16
 
-from pallas_kernels import triton_call
+from pallas_kernels.triton_call import compute_capability, core_count, triton_call
+from pallas_kernels.triton_call import why_not as why_not_triton
 
 HEAD_DIMS = (16, 32, 64, 128)
 MAX_GROUP = 32
@@ -69,7 +70,7 @@ def default_config(dtype: DTypeLike, capability: int) -> Config:
 
 def why_not(num_heads: int, num_kv_heads: int, head_dim: int, *dtypes: DTypeLike) -> str | None:
     """What keeps the kernels from a call, None if nothing does."""
-    reason = triton_call.why_not()
+    reason = why_not_triton()
     if reason is not None:
         return reason
     if head_dim not in HEAD_DIMS:
@@ -99,23 +100,20 @@ def paged_attention(
 
     Temporary memory: float32 results of the splits, `(min(R, T) + splits) * H * (h + 1)` values.
 
-    Raises NotImplementedError where `why_not` gives a reason.
+    Raises NotImplementedError as `triton_call.triton_call` does; the caller has asked `why_not`.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
-    reason = why_not(num_heads, num_kv_heads, head_dim, q.dtype, k_pages.dtype, v_pages.dtype)
-    if reason is not None:
-        raise NotImplementedError(f"Triton's paged attention {reason}")
     from pallas_kernels.paged_attention import triton_kernels  # imports Triton: only where it is used
 
     value_dtypes = [jnp.bfloat16 if pages.dtype == jnp.uint16 else pages.dtype for pages in (k_pages, v_pages)]
     dtype = jnp.result_type(q.dtype, *value_dtypes)
     if config is None:
-        config = default_config(dtype, triton_call.compute_capability() or 0)
+        config = default_config(dtype, compute_capability() or 0)
     group = num_heads // num_kv_heads
     if config.prefill_tile < group:
         raise ValueError(f"prefill_tile={config.prefill_tile} holds no query of {group} heads")
-    programs = config.num_programs or config.programs_per_core * triton_call.core_count()
+    programs = config.num_programs or config.programs_per_core * core_count()
     num_rows = kv_lens.shape[0]
     extra_splits = -(-config.splits_per_program * programs // num_kv_heads)
     num_splits = min(num_rows, num_tokens) + extra_splits
@@ -136,7 +134,7 @@ def paged_attention(
     views = {1: value_dtypes[0], 2: value_dtypes[1]}
     scalars = {"layer": layer}
 
-    partial, lse = triton_call.triton_call(
+    partial, lse = triton_call(
         triton_kernels.decode,
         (q, k_pages, v_pages, kv_lens, page_indices, num_decode),
         [jax.ShapeDtypeStruct((num_splits, num_heads, *tail), jnp.float32) for tail in ((head_dim,), ())],
@@ -148,7 +146,7 @@ def paged_attention(
         views=views,
     )
     out_shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    (merged,) = triton_call.triton_call(
+    (merged,) = triton_call(
         triton_kernels.merge,
         (kv_lens, cu_q_lens, num_decode, partial, lse),
         [out_shape],
@@ -158,7 +156,7 @@ def paged_attention(
         num_warps=config.merge_warps,
         num_stages=1,
     )
-    (out,) = triton_call.triton_call(
+    (out,) = triton_call(
         triton_kernels.prefill,
         (q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode, merged),
         [out_shape],

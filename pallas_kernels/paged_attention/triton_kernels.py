@@ -116,6 +116,7 @@ def merge(kv_lens, cu_q_lens, num_decode, partial, lse, out,
     _, ends = _cut_into_splits(kv_lens, num_decode, R, ROWS, BLOCK, MIN_SPLIT, EXTRA_SPLITS)
     rows = tl.arange(0, ROWS)
     h = tl.arange(0, HEADS)
+    zeros = tl.zeros((HEADS,), tl.int64)  # makes sums with it 64 bits wide
     d = tl.arange(0, D)
     num_rows = tl.load(num_decode)
     num_tokens = tl.load(cu_q_lens + R)
@@ -127,7 +128,7 @@ def merge(kv_lens, cu_q_lens, num_decode, partial, lse, out,
             if token < num_rows:
                 first = tl.sum(tl.where(rows == token - 1, ends, 0), 0)
                 for split in range(first, tl.sum(tl.where(rows == token, ends, 0), 0)):
-                    head = split.to(tl.int64) * H + h
+                    head = (split + zeros) * H + h
                     size = tl.load(lse + head, mask=h < H, other=0)
                     values = tl.load(partial + head[:, None] * D + d[None, :], mask=(h < H)[:, None], other=0)
                     new_peak = tl.maximum(peak, size)
@@ -137,7 +138,7 @@ def merge(kv_lens, cu_q_lens, num_decode, partial, lse, out,
                     acc = acc * old[:, None] + values * new[:, None]
                     peak = new_peak
             values = acc / tl.where(total > 0, total, 1)[:, None]
-            head = tl.cast(token, tl.int64) * H + h
+            head = (token + zeros) * H + h
             tl.store(out + head[:, None] * D + d[None, :], values.to(out.dtype.element_ty), mask=(h < H)[:, None])
 
 

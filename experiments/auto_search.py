@@ -85,10 +85,9 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
         "layer_time_bound_s": found.bound_s,
         "stage1_layer_time_s": found.order_s,
         "stage1_bound_s": found.order_bound_s,
-        "gain_over_sequential": known_s["sequential"] / layer_s,
+        "sequential_time_ratio": known_s["sequential"] / layer_s,
         "num_structures": found.num_structures,
         "num_nodes": len(found.timeline.pipeline.nodes),
-        "is_complete": int(found.is_complete),
         "search_s": took_s,
     }
     names = (
@@ -104,7 +103,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     )
     config = {name: values[name].value for name in (*names, "time_limit_s")}
     record = make_record(
-        NAME, "simulated", metrics=metrics, config=config | {"profile": pathlib.Path(values.profile).name},
+        NAME, "simulated", metrics=metrics, config=config | {"profile": pathlib.Path(values.profile).name, "is_complete": found.is_complete},
         seed=values.seed, series={"ready_made": {"pipeline": list(known_s), "layer_time_s": list(known_s.values())}},
     )  # fmt: skip
     folder = pathlib.Path(values.out)

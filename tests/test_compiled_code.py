@@ -78,8 +78,8 @@ def test_two_stream_calls_run_beside_each_other_in_one_graph(name):
     x, w = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16)
 
     def pair(a, b, w):
-        one = streams.launch(0, lambda a: a @ w, a)
-        two = streams.launch(1, lambda b: jnp.tanh(b) @ w, b)
+        one = streams.launch(0, lambda: a @ w)
+        two = streams.launch(1, lambda: jnp.tanh(b) @ w)
         return jax.lax.optimization_barrier((one, two))
 
     code = compiled_code.compile_for(gpu, pair, (x, x, w))
@@ -92,9 +92,11 @@ def test_two_stream_calls_run_beside_each_other_in_one_graph(name):
     assert tanh.spill_bytes == 0
     assert 0 < tanh.registers < 255
 
-    chain = compiled_code.compile_for(
-        gpu, lambda a, w: streams.launch(1, lambda y: jnp.tanh(y), streams.launch(0, lambda a: a @ w, a)), (x, w)
-    )
+    def chained(a, w):
+        product = streams.launch(0, lambda: a @ w)
+        return streams.launch(1, lambda: jnp.tanh(product))
+
+    chain = compiled_code.compile_for(gpu, chained, (x, w))
     assert chain.overlap.is_possible == chain.overlap.is_there == (False, False), "the second needs the first"
 
 
@@ -138,7 +140,7 @@ def test_the_products_of_a_pipeline_are_counted_by_shape():
 @needs_plugin
 @pytest.mark.parametrize("num_tokens", [1024, 2048])
 def test_a_llama_8b_step_is_one_graph_that_overlaps_nano_batches_and_updates_the_cache_in_place(num_tokens):
-    """Two layers of LLaMA-3-8B at full width; all 32 are in `experiments.gpu_compile`."""
+    """Two layers of LLaMA-3-8B at full width."""
     model = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=2)
     pipeline = library.PIPELINES["llama_8b"](num_tokens, False, 1)
     step = gpu_steps.compile_step(compiled_code.target("h200"), model, pipeline, kv_bytes=100e9 * 2 / 32)

@@ -203,8 +203,8 @@ def compile_for(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask it for the GPU
             lowered = jax.jit(f, donate_argnums=tuple(donate)).lower(*args)
         with kernel_resources.mosaic_dump(dump):
-            compiled = lowered.compile(
-                compiler_options={**gpu_options(), **_DEVICELESS_OPTIONS, "xla_dump_to": folder, **(options or {})}
+            compiled: Any = lowered.compile(
+                {**gpu_options(), **_DEVICELESS_OPTIONS, "xla_dump_to": folder, **(options or {})}  # pyright: ignore[reportArgumentType]
             )
         plan = _read(dump, "thunk_sequence.txt")
         captured = _read(dump, "thunk_sequence_after_thunk_passes.txt") or plan  # written where a pass changed it

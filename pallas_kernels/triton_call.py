@@ -107,7 +107,7 @@ def triton_call(
     parameters += [gpu_triton.create_scalar_parameter(int(value), "i32") for value in scalars.values()]
     call = gpu_triton.TritonKernelCall(program, num_programs, 1, 1, parameters)
     run = jax.ffi.ffi_call(TARGET, list(outputs), input_output_aliases=dict(aliases))
-    return run(*inputs, name=name, opaque=zlib.compress(call.to_proto(name, b"")))
+    return list(run(*inputs, name=name, opaque=zlib.compress(call.to_proto(name, b""))))
 
 
 @functools.cache
@@ -121,9 +121,9 @@ def compile_kernel(
     num_stages: int,
 ) -> Any:
     """Triton's `CompiledKernel`: intermediate code, PTX and cubin in `asm`, resources in `metadata`.  Needs no GPU."""
-    import triton  # takes a second: only where it is used
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    import triton  # pyright: ignore[reportMissingImports]
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+    from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
     parameters = kernel.arg_names
     signature = dict(zip(parameters, (*pointers, *("i32" for _ in scalars)), strict=False))

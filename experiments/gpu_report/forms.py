@@ -113,7 +113,7 @@ def _mosaic_decode(num_cores: int) -> Callable[[int], Callable[..., jax.Array]]:
 
     def in_layer(layer: int) -> Callable[..., jax.Array]:
         def attend(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode):
-            from pallas_kernels.overlap import decode, sm_exclusive
+            from pallas_kernels.overlap import decode, sm_exclusive  # pyright: ignore[reportAttributeAccessIssue]
 
             del cu_q_lens
             call = decode.prepare(
@@ -145,7 +145,10 @@ def _overlap_form(form: str) -> Callable[[int, int], Callable[[int], Callable[..
     def pair(num_matmul_ctas: int, num_attention_ctas: int) -> Callable[[int], Callable[..., Any]]:
         def in_layer(layer: int) -> Callable[..., Any]:
             def run(x, weight, q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode):
-                from pallas_kernels.overlap import Split, matmul_and_decode_attention
+                from pallas_kernels.overlap import (  # pyright: ignore[reportAttributeAccessIssue]
+                    Split,
+                    matmul_and_decode_attention,  # pyright: ignore[reportAttributeAccessIssue]
+                )
 
                 del cu_q_lens
                 split = Split(num_matmul_ctas, num_attention_ctas)

@@ -50,7 +50,7 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None and field.name == "num_programs":
+            if value is None:  # num_programs
                 continue
             if value <= 0:
                 raise ValueError(f"{field.name}={value} must be positive")
@@ -177,6 +177,6 @@ def _power_of_2(n: int) -> int:
 
 
 def _triton_dtype(dtype: DTypeLike) -> typing.Any:
-    import triton.language as tl
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
 
     return getattr(tl, jnp.dtype(dtype).name)

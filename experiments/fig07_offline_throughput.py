@@ -2,20 +2,22 @@
 
 Figure: NanoFlow (arXiv 2408.12757v2) Figure 7: tokens/s per GPU, LLaMA-2-70B on 8 A100-80GB, dense batch 2048.
 Claim: NanoFlow reaches 65 to 69 % of the optimum of 1857 tokens/s per GPU and 1.73 to 1.91 times TensorRT-LLM.
-Command: python -m experiments.fig07_offline_throughput [--pipeline=llama_70b_released]
-Hardware: none; the measured twin is `experiments.offline_throughput` on the device at hand.    Minutes: 0.1.
+Command: python -m experiments.fig07_offline_throughput [--pipeline=llama_70b_released] [--measured --engine=--model=llama-3-8b]
+Hardware: none; with `--measured` the real engine also runs on any device (default: SmolLM2 on a CPU).    Minutes: 0.1; 3 measured.
 Expected: within 10 % of NanoFlow's bars.  Predictions come from Table 2 and the interference table alone.
 
     out/fig07_offline_throughput.json   metrics: tokens/s and errors
     out/fig07_offline_throughput.png    published engines and the simulated pipeline
+    out/fig07_offline_throughput-measured.json, .png  with `--measured`: each as a share of its own optimum
 """
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
-from experiments import comparison, figure_flags, layer_timings, published, throughput_prediction
+from experiments import comparison, figure_flags, layer_timings, measured_throughput, published, throughput_prediction
 from experiments.figures import Bars, grouped_bars, sources_of
 from experiments.record import make_record, write_record
 
@@ -28,6 +30,7 @@ def define_flags(values: flags.FlagValues) -> None:
     figure_flags.define(values)
     layer_timings.define_model_flags(values)
     flags.DEFINE_string("pipeline", "llama_70b_figure6", "A ready-made pipeline.", flag_values=values)
+    measured_throughput.define_flags(values)
 
 
 def run(values: flags.FlagValues) -> dict[str, Any]:
@@ -62,6 +65,42 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     print(comparison.text_table({"lengths": printed.rows, "published": theirs, "simulated": ours, "error": errors}))
     print(f"mean absolute error {metrics['mean_absolute_error_percent']:.1f} %")
     print(f"record {folder / NAME}.json, figure {picture}")
+    if values.measured:
+        _measure(
+            values, [100 * rate / optimum for rate in theirs], [100 * rate / optimum for rate in ours], printed.rows
+        )
+    return record
+
+
+def _measure(values: flags.FlagValues, theirs: list[float], ours: list[float], rows: Sequence[str]) -> dict[str, Any]:
+    """Runs the engine here without and with a pipeline; record and figure of shares (%) of each one's optimum."""
+    pipelines = {"sequential": None, values.pipeline: values.pipeline}
+    found = measured_throughput.measure(values, {row: lengths(row) for row in rows}, pipelines)
+    shares = {
+        label: [100 * by_length[row] / found.optimal_tokens_per_s for row in rows]
+        for label, by_length in found.tokens_per_s.items()
+    }
+    metrics = {
+        f"tokens_per_s_{label}_{row}": rate
+        for label, by_length in found.tokens_per_s.items()
+        for row, rate in by_length.items()
+    } | {"optimal_tokens_per_s": found.optimal_tokens_per_s}
+    config = found.config | {"published_source": published.grid("fig07").source}
+    record = make_record(f"{NAME}-measured", "measured", metrics=metrics, config=config, seed=values.seed)
+    folder = pathlib.Path(values.out)
+    write_record(record, folder / f"{NAME}-measured.json")
+    bars = [Bars("NanoFlow", "published", theirs), Bars(f"{values.pipeline}, 8 A100", "simulated", ours)]
+    bars += [Bars(f"{label}, here", "measured", values_) for label, values_ in shares.items()]
+    picture = grouped_bars(
+        f"Figure 7 as shares of the optimum: {MODEL} beside {config['model']}", sources_of(record), rows, bars,
+        folder / f"{NAME}-measured.png", y_label="% of the optimum (Eq. 5)",
+        notes=[f"Simulated: {values.pipeline} from Table 2, not from this device.  Measured: lengths divided by "
+               f"{config['length_divisor']}, {config['num_requests']} requests, filling and draining included."],
+    )  # fmt: skip
+    print(
+        comparison.text_table({"lengths": list(rows), **{f"{label}, measured (%)": v for label, v in shares.items()}})
+    )
+    print(f"record {folder / NAME}-measured.json, figure {picture}")
     return record
 
 

@@ -95,6 +95,7 @@ def engine(values: flags.FlagValues, loaded: LoadedModel) -> Engine:
         driver=Driver(values.driver),
         attention=values.attention,
         pipelines=pipelines(values, loaded),
+        use_streams=jax.default_backend() == "gpu" if values.streams is None else values.streams,
         kv_dtype=kv_dtype(values),
         check_invariants=values.check_invariants,
     )
@@ -135,7 +136,7 @@ def work(values: flags.FlagValues, loaded: LoadedModel, num_requests: int) -> Wo
         case "sharegpt_texts":
             return _sharegpt_texts(values, loaded, num_requests, sampling)
     rng = np.random.default_rng(values.seed)
-    trace = _trace(values, num_requests, rng)
+    trace = length_trace(values, num_requests, rng)
     kept, dropped = workload.length_filter(trace, max_len=engine_config(values, loaded).max_len)
     _check_count(num_requests, len(kept), values)
     kept = kept.select(np.arange(num_requests))
@@ -196,7 +197,7 @@ def _sharegpt_texts(values: flags.FlagValues, loaded: LoadedModel, num_requests:
     return Work(requests, questions, num_dropped)
 
 
-def _trace(values: flags.FlagValues, num_requests: int, rng: np.random.Generator) -> Trace:
+def length_trace(values: flags.FlagValues, num_requests: int, rng: np.random.Generator) -> Trace:
     """The trace before the engine's limit; more than asked where lengths are drawn, as some may be too long."""
     name = values.trace
     if name.startswith("constant:"):

@@ -53,8 +53,11 @@ def define(values: flags.FlagValues) -> None:
     enum("priority", "first_come", list(PRIORITIES), "Who is served first.")
     enum("phase_order", PhaseOrder.DECODE_FIRST.value, [order.value for order in PhaseOrder], "Who gets tokens first.")
     enum("batching", Batching.CONTINUOUS.value, [kind.value for kind in Batching], "When requests join the batch.")
-    enum("attention", None, ["numba", "reference", "xla"], "Implementation; the platform's best if not given.")
+    enum(
+        "attention", None, ["numba", "reference", "triton", "xla"], "Implementation; the platform's best if not given."
+    )
     text("pipeline", None, f"{', '.join(PIPELINES)}, or a JSON file for the budget it names; none if not given.")
+    flag("streams", None, "Run the pipeline on the GPU streams that it names; so on a GPU if not given.")
     count("expected_output_len", None, "Mean output in tokens, until one is known.")
 
     text("token_budgets", ",".join(map(str, engine.token_budgets)), "Ladder of tokens per step; + for , in a sweep.")

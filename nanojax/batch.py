@@ -44,8 +44,7 @@ def pack(
     lens = q_lens[slots]
     cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lens, dtype=jnp.int32)])
     index = jnp.arange(token_budget, dtype=jnp.int32)
-    row = jnp.searchsorted(cu_q_lens[1:], index, side="right", method="compare_all").astype(jnp.int32)
-    row = jnp.minimum(row, num_rows - 1)
+    row = jnp.repeat(jnp.arange(num_rows, dtype=jnp.int32), lens, total_repeat_length=token_budget)
     is_token = index < cu_q_lens[-1]
     position = num_computed[slots][row] + index - cu_q_lens[row]
     position = jnp.where(is_token, position, 0)

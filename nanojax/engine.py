@@ -139,6 +139,23 @@ def cancel(state: EngineState, mask: Bool[Array, "S"]) -> EngineState:
     return dataclasses.replace(state, scheduler=gone, pool=kv_cache.release(state.pool, mask))
 
 
+def assume_computed(config: EngineConfig, state: EngineState) -> EngineState:
+    """The state in which the waiting requests run and all their tokens but the last are in the cache.  Consumes `state`.
+
+    Their pages hold whatever was there, so that what follows means nothing: for measurements that begin in the middle of
+    a run.  The caller guarantees that the pool has room.
+    """
+    s = state.scheduler
+    is_new = s.resident & ~s.active
+    num_computed = jnp.where(is_new, s.num_tokens - 1, s.num_computed)
+    new_pages = jnp.where(is_new, kv_cache.pages_for(num_computed, config.page_size), 0)
+    return dataclasses.replace(
+        state,
+        scheduler=dataclasses.replace(s, active=s.active | is_new, num_computed=num_computed),
+        pool=kv_cache.grow(state.pool, new_pages, config.num_pages),
+    )
+
+
 def step(
     config: EngineConfig, policy: Policy, forward: Forward, token_budget: int, params: Params, state: EngineState
 ) -> tuple[EngineState, StepReport]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from nanojax import virtual_clock, virtual_engine
+from nanojax import virtual_clock, virtual_engine, virtual_run
 from nanojax.array_types import Array, Bool, Int32
 from nanojax.config import EngineConfig
 from nanojax.invariants import InvariantError
@@ -31,6 +31,9 @@ from nanojax.virtual_clock import Seconds
 from nanojax.virtual_engine import Host, SimulatorState
 from nanojax.virtual_requests import Requests, TraceArrays
 from nanojax.workload import Rounds, Trace
+
+MIN_SLOTS = 64
+"""What replicas start with."""
 
 
 class Routing(enum.Enum):
@@ -48,7 +51,7 @@ class FleetConfig:
 
     window_s: how old the router's knowledge of loads can be.
     max_overload: prefix affinity goes elsewhere when the home replica has more than `max_overload` times the mean load, plus 1.
-    chunk_size: replicas that are simulated side by side in one compiled program.
+    chunk_size: replicas that one call of the compiled program advances, one after another.
     requests_per_replica: capacity of each replica's table of requests over the whole run; if None twice the mean, plus 16.
     """
 
@@ -104,7 +107,8 @@ def simulate_fleet(
     chunks = []
     for start in range(0, fleet.num_replicas, fleet.chunk_size):
         replicas = range(start, min(start + fleet.chunk_size, fleet.num_replicas))
-        chunks.append(_Chunk(replicas, _init(config, router.arrays(replicas))))
+        num_slots = min(config.num_slots, MIN_SLOTS)
+        chunks.append(_Chunk(replicas, num_slots, _init(config, num_slots, router.arrays(replicas))))
     reports: list[_Report] = []
     num_windows = int(np.ceil(duration_s / fleet.window_s))
     for window in range(1, num_windows + 1):
@@ -121,9 +125,13 @@ def simulate_fleet(
 
 @dataclasses.dataclass
 class _Chunk:
-    """Some replicas, and the arrays of their states on the device (a state as such has no batch dimension)."""
+    """Some replicas, and the arrays of their states on the device (a state as such has no batch dimension).
+
+    All have as many slots as the one that needs most (`nanojax.virtual_run`).
+    """
 
     replicas: range
+    num_slots: int
     arrays: list[jax.Array]
 
 
@@ -250,6 +258,8 @@ class _Report:
     num_done: Int32[Array, "*n"]
     num_steps: Int32[Array, "*n"]
     is_stuck: Bool[Array, "*n"]
+    is_short: Bool[Array, "*n"]
+    """It stopped before the end of the window, for want of slots."""
     requests: Requests
 
 
@@ -264,13 +274,25 @@ def _serve(
 ) -> _Report:
     """Advances a chunk to the end of the window."""
     traces = router.arrays(chunk.replicas)
-    chunk.arrays, report = _advance(config, policy, host, step_time, traces, until, chunk.arrays)
-    return jax.block_until_ready(report)
+    while True:
+        chunk.arrays, report = _advance(config, policy, host, step_time, traces, until, chunk.arrays)
+        if not np.any(report.is_short):
+            return report
+        chunk.num_slots = min(2 * chunk.num_slots, config.num_slots)
+        chunk.arrays = _with_slots(config, chunk.num_slots, traces, chunk.arrays)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _init(config: EngineConfig, traces: TraceArrays) -> list[jax.Array]:
-    return jax.vmap(lambda trace: jax.tree.leaves(virtual_engine.init(config, trace)))(traces)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(config: EngineConfig, num_slots: int, traces: TraceArrays) -> list[jax.Array]:
+    return jax.vmap(lambda trace: jax.tree.leaves(virtual_engine.init(config, trace, num_slots)))(traces)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _with_slots(config: EngineConfig, num_slots: int, traces: TraceArrays, arrays: list[jax.Array]) -> list[jax.Array]:
+    def one(trace: TraceArrays, leaves: list[jax.Array]) -> list[jax.Array]:
+        return jax.tree.leaves(virtual_run.with_slots(config, trace, num_slots, _state(config, trace, leaves)))
+
+    return jax.vmap(one)(traces, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
@@ -283,13 +305,17 @@ def _advance(
     until: Seconds,
     arrays: list[jax.Array],
 ) -> tuple[list[jax.Array], _Report]:
-    def one(trace: TraceArrays, leaves: list[jax.Array]) -> tuple[list[jax.Array], _Report]:
+    def one(its: tuple[TraceArrays, list[jax.Array]]) -> tuple[list[jax.Array], _Report]:
+        trace, leaves = its
         state = _state(config, trace, leaves)
         state = dataclasses.replace(state, requests=dataclasses.replace(state.requests, arrival=trace.arrival))
-        state = virtual_engine.advance(config, policy, host, step_time, trace, until, state)
-        return jax.tree.leaves(state), _Report(state.num_done, state.num_steps, state.is_stuck, state.requests)
+        state = virtual_run.advance(config, policy, host, step_time, trace, until, state)
+        is_short = virtual_run.has_work(state, until) & ~virtual_run.has_room(config, state)
+        report = _Report(state.num_done, state.num_steps, state.is_stuck, is_short, state.requests)
+        return jax.tree.leaves(state), report
 
-    return jax.vmap(one)(traces, arrays)
+    # One after another: `vmap` would run every branch and as many steps as the busiest replica needs, on all of them.
+    return jax.lax.map(one, (traces, arrays))
 
 
 def _state(config: EngineConfig, trace: TraceArrays, leaves: list[jax.Array]) -> SimulatorState:

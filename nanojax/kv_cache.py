@@ -73,7 +73,7 @@ def grow(pool: PagePool, new_pages: Int32[Array, "S"], max_new_pages: int) -> Pa
     before = jnp.cumsum(new_pages) - new_pages
     total = before[-1] + new_pages[-1]
     nth = jnp.arange(min(max_new_pages, num_pages), dtype=jnp.int32)
-    slot = jnp.searchsorted(before + new_pages, nth, side="right", method="compare_all").astype(jnp.int32)
+    slot = jnp.repeat(jnp.arange(num_slots, dtype=jnp.int32), new_pages, total_repeat_length=nth.shape[0])
     slot = jnp.where(nth < total, slot, num_slots)  # past the last row: dropped below
     column = pool.num_pages[slot] + nth - before[slot]
     page = pool.free[jnp.maximum(pool.num_free - 1 - nth, 0)]

@@ -162,7 +162,8 @@ def plan(
 
     is_chunk = todo > 1
     late_phase = is_chunk if policy.phase_order is PhaseOrder.DECODE_FIRST else ~is_chunk
-    order = jnp.lexsort((state.arrival, policy.priority(state), late_phase, todo == 0)).astype(jnp.int32)
+    rank = jnp.where(todo == 0, 2, late_phase)
+    order = jnp.lexsort((state.arrival, policy.priority(state), rank)).astype(jnp.int32)
 
     todo = todo[order]
     room = jnp.where(todo > 0, (pool.num_pages * page_size - state.num_computed)[order], 0)  # else the slot is stale

@@ -12,20 +12,20 @@ import functools
 import heapq
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nanojax import engine as core
-from nanojax import invariants, scheduler
+from nanojax import intake, invariants, scheduler
 from nanojax.array_types import Params
 from nanojax.config import EngineConfig, ModelConfig
 from nanojax.engine import Arrivals, Finish, Forward
 from nanojax.invariants import InvariantError
 from nanojax.metrics import RequestRecord, StepRecord
 from nanojax.pipeline import execute
+from nanojax.pipeline.compiler_options import gpu_options
 from nanojax.pipeline.ir import Pipeline
 from nanojax.sampling import NO_TOKEN
 from nanojax.scheduler import Policy
@@ -93,7 +93,7 @@ class Engine:
 
     `clock` gives seconds; everything else that the engine touches comes in through its arguments.  `records` and `steps` grow
     as requests finish and steps are read; `reset_metrics` empties them.  `pipelines` says how steps of a token budget run
-    (ValueError as `execute.forward_per_budget`); `forward` takes the place of the model, pipelines included.
+    (ValueError as `execute.forward_per_budget`), `use_streams` whether on the GPU streams they name; `forward` takes the place of the model, pipelines included.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class Engine:
         driver: Driver = Driver.DISPATCH_AHEAD,
         attention: str | None = None,
         pipelines: Mapping[int, Pipeline] | None = None,
+        use_streams: bool = False,
         kv_dtype=jnp.float32,
         forward: Forward | None = None,
         steps_per_launch: int = 8,
@@ -120,13 +121,19 @@ class Engine:
         device = next(iter(jax.tree.leaves(params)[0].devices()))
         self._params, self._state = jax.device_put((params, core.init(config, model, kv_dtype)), device)
         self._clock = clock
-        forwards = execute.forward_per_budget(model, config.token_budgets, pipelines or {}, attention=attention)
+        forwards = execute.forward_per_budget(
+            model, config.token_budgets, pipelines or {}, attention=attention, use_streams=use_streams
+        )
         if forward is not None:
             forwards = dict.fromkeys(config.token_budgets, forward)
         self._load = jax.jit(core.load, donate_argnums=0)
         self._cancel = jax.jit(core.cancel, donate_argnums=0)
         self._launch = {
-            budget: jax.jit(_launch_fn(driver, config, policy, own, budget, steps_per_launch), donate_argnums=1)
+            budget: jax.jit(
+                _launch_fn(driver, config, policy, own, budget, steps_per_launch),
+                donate_argnums=1,
+                compiler_options=dict(gpu_options()) if device.platform == "gpu" else None,
+            )
             for budget, own in forwards.items()
         }
         self._holds = jax.jit(functools.partial(invariants.holds, config)) if check_invariants else None
@@ -148,31 +155,10 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises ValueError, naming the value and the limit, if this engine can never serve `request`."""
-        who, how = f"request {request.request_id!r}", request.sampling
-        total = len(request.prompt_ids) + how.max_tokens
-        if total > self.config.max_len:
-            raise ValueError(
-                f"{who}: prompt of {len(request.prompt_ids)} tokens plus max_tokens={how.max_tokens} exceeds "
-                f"max_len={self.config.max_len}"
-            )
-        num_pages = -(-total // self.config.page_size)
-        if num_pages > self.config.num_pages:
-            raise ValueError(
-                f"{who}: needs {num_pages} pages at its longest, the pool has num_pages={self.config.num_pages}"
-            )
-        for name, ids in (("prompt token", request.prompt_ids), ("stop token", how.stop_tokens)):
-            unknown = next((i for i in ids if not 0 <= i < self.model.vocab_size), None)
-            if unknown is not None:
-                raise ValueError(f"{who}: {name} {unknown} is outside the vocabulary [0, {self.model.vocab_size})")
-        if len(self._stop_tokens(request)) > self.config.max_stop_tokens:
-            raise ValueError(
-                f"{who}: {len(self._stop_tokens(request))} stop tokens (end-of-sequence included) exceed "
-                f"max_stop_tokens={self.config.max_stop_tokens}"
-            )
-        if how.stop and self.tokenizer is None:
-            raise ValueError(f"{who}: stop strings {how.stop} need a tokenizer")
+        stop_tokens = self._stop_tokens(request)
+        intake.check(self.config, self.model, request, stop_tokens, can_decode=self.tokenizer is not None)
         if request.request_id in self._serial_of:
-            raise ValueError(f"{who}: a request with this id is not finished yet")
+            raise ValueError(f"request {request.request_id!r}: a request with this id is not finished yet")
 
     def submit(self, request: Request) -> None:
         """Queues a request; it arrives now.  Raises ValueError as `check` does."""
@@ -239,6 +225,25 @@ class Engine:
             self._poll_into(outputs, on_event)
         return [outputs[request.request_id] for request in requests]
 
+    def start_in_the_middle(self, requests: Sequence[Request]) -> None:
+        """Submits requests as if their prompts had been computed before; what they then say means nothing.
+
+        For measurements of a steady state, which else takes minutes to reach.  Raises ValueError as `check` does, or when
+        slots or pages are not enough for all of them, or some others are not finished.
+        """
+        num_pages = sum(-(-len(request.prompt_ids) // self.config.page_size) for request in requests)
+        if self._live or len(requests) > self.config.num_slots or num_pages > self.config.num_pages:
+            raise ValueError(
+                f"{len(requests)} requests of {num_pages} pages beside {len(self._live)} unfinished ones do not fit "
+                f"num_slots={self.config.num_slots}, num_pages={self.config.num_pages}"
+            )
+        self._check_all(requests)
+        for request in requests:
+            self.submit(request)
+        self._fill_slots()
+        self._state = jax.jit(functools.partial(core.assume_computed, self.config), donate_argnums=0)(self._state)
+        self._num_todo = len(requests)
+
     def warm_up(self) -> None:
         """Compiles everything that serving needs, so that no request waits for it."""
         nothing = self._arrivals([])
@@ -269,7 +274,7 @@ class Engine:
     def _fill_slots(self) -> None:
         while self._queue and self._free_slots:
             serials = []
-            while self._queue and self._free_slots and len(serials) < _LOAD_ROWS:
+            while self._queue and self._free_slots and len(serials) < intake.LOAD_ROWS:
                 _, serial = heapq.heappop(self._queue)
                 if serial in self._live:  # else cancelled while queued
                     self._live[serial].slot = self._free_slots.pop()
@@ -281,37 +286,13 @@ class Engine:
                 self._num_todo += num_tokens
 
     def _arrivals(self, serials: Sequence[int]) -> Arrivals:
-        """Rows for `serials`, padded to `_LOAD_ROWS`."""
-        config, rows = self.config, _LOAD_ROWS
         live = [self._live[serial] for serial in serials]
-        how = [entry.request.sampling for entry in live]
-        tokens: Any = np.zeros((rows, config.max_len), np.int32)
-        stop_tokens: Any = np.full((rows, config.max_stop_tokens), NO_TOKEN, np.int32)
-        for row, entry in enumerate(live):
-            tokens[row, : len(entry.request.prompt_ids)] = entry.request.prompt_ids
-            stops = self._stop_tokens(entry.request)
-            stop_tokens[row, : len(stops)] = stops
-
-        def column(values, fill, dtype: Any = np.int32) -> Any:
-            return np.array([*values, *[fill] * (rows - len(live))], dtype)
-
-        prompt_lens = [len(entry.request.prompt_ids) for entry in live]
-        expected = [entry.request.expected_output_len or entry.request.sampling.max_tokens for entry in live]
-        return Arrivals(
-            slot=column([entry.slot for entry in live], config.num_slots),
-            request_id=column(serials, -1),
-            arrival=column(serials, 0),
-            tokens=tokens,
-            prompt_len=column(prompt_lens, 0),
-            max_tokens=column([n + h.max_tokens for n, h in zip(prompt_lens, how, strict=True)], 0),
-            expected_tokens=column([n + e for n, e in zip(prompt_lens, expected, strict=True)], 0),
-            temperature=column([h.temperature for h in how], 0.0, np.float32),
-            top_k=column([h.top_k for h in how], 0),
-            top_p=column([h.top_p for h in how], 1.0, np.float32),
-            seed=column([h.seed for h in how], 0, np.uint32),
-            stop_tokens=stop_tokens,
-            wants_logprob=column([h.logprobs for h in how], False, bool),
-        )
+        rows = [
+            intake.Row(serial, entry.slot, entry.request, self._stop_tokens(entry.request))
+            for serial, entry in zip(serials, live, strict=True)
+            if entry.slot is not None
+        ]
+        return intake.arrivals(self.config, rows)
 
     def _stop_tokens(self, request: Request) -> tuple[int, ...]:
         eos = () if request.sampling.ignore_eos or self.tokenizer is None else self.tokenizer.eos_ids
@@ -402,9 +383,6 @@ def _launch_fn(
         return functools.partial(core.run, config, policy, forward, budget, steps_per_launch)
     return functools.partial(core.step, config, policy, forward, budget)
 
-
-_LOAD_ROWS = 8
-"""Requests that one `load` call can carry; each row holds a whole prompt buffer."""
 
 _REASONS = {Finish.NOT: None, Finish.STOP: "stop", Finish.LENGTH: "length"}
 

@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from nanojax import virtual_clock, virtual_engine
+from nanojax import virtual_clock, virtual_engine, virtual_run
+from nanojax.array_types import Array, Bool
 from nanojax.config import EngineConfig
 from nanojax.invariants import InvariantError
 from nanojax.metrics import RequestRecord, StepRecord
 from nanojax.scheduler import Policy
 from nanojax.step_time import FEATURES, StepTime
-from nanojax.virtual_engine import Host, StepLog
+from nanojax.virtual_clock import Seconds
+from nanojax.virtual_engine import Host, SimulatorState, StepLog
 from nanojax.virtual_requests import Requests, TraceArrays
 from nanojax.workload import Rounds, Trace
 
@@ -64,7 +66,8 @@ def simulate(
     """
     check(config, trace)
     arrays = trace_arrays(trace, max_output_len=max_output_len, max_len=config.max_len, num_rows=num_rows)
-    state = _init(config, arrays)
+    num_slots = min(config.num_slots, max(virtual_run.MIN_SLOTS, int(np.sum(trace.arrival_s <= 0))))
+    state = _init(config, arrays, num_slots)
     forever = virtual_clock.from_float64(np.array(np.inf))
     logs, num_before = [], 0
     while True:
@@ -74,7 +77,10 @@ def simulate(
         on_launch(num_done, float(virtual_clock.to_float64(state.clock)))
         if bool(state.is_stuck):
             raise InvariantError(f"no request can move after {num_steps} steps, {num_done} of {len(trace)} are done")
-        if num_steps - num_before < steps_per_launch:
+        if bool(_is_short_of_slots(config, forever, state)):
+            num_slots = min(2 * num_slots, config.num_slots)
+            state = _with_slots(config, num_slots, arrays, state)
+        elif num_steps - num_before < steps_per_launch:
             break
         num_before = num_steps
     return _simulation(config, trace, state.requests, jax.tree.map(lambda *parts: np.concatenate(parts), *logs))
@@ -84,7 +90,7 @@ def simulate_many(
     config: EngineConfig,
     policy: Policy,
     step_times: StepTime | Sequence[StepTime],
-    traces: Sequence[Trace],
+    traces: Sequence[Trace | Rounds],
     *,
     host: Host = PLAIN_HOST,
     max_output_len: int | None = None,
@@ -189,8 +195,18 @@ def _simulation(config: EngineConfig, trace: Trace | Rounds, requests: Requests,
     return Simulation(records, steps, np.asarray(log.work.rung, np.int64), work)
 
 
-_init = jax.jit(virtual_engine.init, static_argnums=0)
-_run = jax.jit(virtual_engine.run, static_argnums=(0, 1, 2, 3), donate_argnums=7)
+@functools.partial(jax.jit, static_argnums=0)
+def _is_short_of_slots(config: EngineConfig, until: Seconds, state: SimulatorState) -> Bool[Array, ""]:
+    return virtual_run.has_work(state, until) & ~virtual_run.has_room(config, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _with_slots(config: EngineConfig, num_slots: int, trace: TraceArrays, state: SimulatorState) -> SimulatorState:
+    return virtual_run.with_slots(config, trace, num_slots, state)
+
+
+_init = jax.jit(virtual_engine.init, static_argnums=(0, 2))
+_run = jax.jit(virtual_run.run, static_argnums=(0, 1, 2, 3), donate_argnums=7)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -200,7 +216,7 @@ def _run_many(
     def one(step_time: StepTime, trace: TraceArrays) -> tuple[tuple[Requests, jax.Array, jax.Array], StepLog]:
         forever = virtual_clock.Seconds(high=jnp.float32(jnp.inf), low=jnp.float32(0))
         state = virtual_engine.init(config, trace)
-        state, log = virtual_engine.run(config, policy, host, max_steps, step_time, trace, forever, state)
+        state, log = virtual_run.run(config, policy, host, max_steps, step_time, trace, forever, state)
         return (state.requests, state.num_done, state.num_steps), log
 
     return jax.vmap(one, in_axes=(None if is_shared else 0, 0))(step_times, traces)

@@ -140,6 +140,17 @@ def from_durations(
     )  # fmt: skip
 
 
+def ladder(rungs: Sequence[StepCoefficients]) -> StepCoefficients:
+    """The step times of several budgets, each with one rung, as one.  Raises ValueError unless their slowdowns are equal."""
+    if len({float(rung.slowdown) for rung in rungs}) != 1:
+        raise ValueError(f"rungs differ in slowdown: {[float(rung.slowdown) for rung in rungs]}")
+    return StepCoefficients(
+        constant_s=jnp.concatenate([rung.constant_s for rung in rungs]),
+        per_unit_s=jnp.concatenate([rung.per_unit_s for rung in rungs]),
+        slowdown=rungs[0].slowdown,
+    )
+
+
 def fit(
     rung: Int64[np.ndarray, "n"],
     features: Float64[np.ndarray, "n 6"],

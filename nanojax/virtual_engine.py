@@ -4,13 +4,10 @@ Admission, batch formation, preemption and retirement are the functions of `nano
 is the engine's; only the clock is modelled.  Two things are left out because no decision reads them: token ids (output
 lengths come from the trace) and the names of pages (only counts; no two requests share a page here).
 
-All of it is plain jax on arrays: `run` is one compiled loop, and `jax.vmap` over arrivals, step times or seeds gives sweeps.
-What is compiled in: capacities, policy, `Host`.  A batch of policies of equal phase order is `any_of(policies, index)`.
+All of it is plain jax on arrays; `nanojax.virtual_run` goes on step after step.  Compiled in: capacities, policy, `Host`.
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -45,7 +42,10 @@ class Host:
 
 @flax.struct.dataclass
 class SimulatorState:
-    """Everything the simulator knows.  `run` consumes it."""
+    """Everything the simulator knows.
+
+    `S` is the number of slots that are simulated: as many as `EngineConfig.num_slots`, or fewer while those suffice.
+    """
 
     clock: Seconds
     seen: Seconds
@@ -79,70 +79,22 @@ class StepLog:
     pages_in_use: Int32[Array, "*n"]
 
 
-def init(config: EngineConfig, trace: TraceArrays) -> SimulatorState:
-    """Nothing has happened, the clock is at 0 s."""
+def init(config: EngineConfig, trace: TraceArrays, num_slots: int | None = None) -> SimulatorState:
+    """Nothing has happened, the clock is at 0 s.  `num_slots` are simulated; all of the engine's if None."""
+    num_slots = config.num_slots if num_slots is None else num_slots
 
     def zeros() -> Int32[Array, "S"]:  # a buffer of its own for each field: the state is donated
-        return jnp.zeros((config.num_slots,), jnp.int32)
+        return jnp.zeros((num_slots,), jnp.int32)
 
     def zero() -> Seconds:
         return Seconds(high=jnp.float32(0), low=jnp.float32(0))
 
     return SimulatorState(
-        clock=zero(), seen=zero(), scheduler=scheduler.init(config.num_slots), num_pages=zeros(),
+        clock=zero(), seen=zero(), scheduler=scheduler.init(num_slots), num_pages=zeros(),
         num_free=jnp.int32(config.num_pages), offloaded_len=zeros(), unread=zeros() > 0, todo_read=jnp.int32(0),
         flying_budget=jnp.int32(0), requests=virtual_requests.init(trace), num_loaded=jnp.int32(0),
         num_done=jnp.int32(0), num_steps=jnp.int32(0), is_stuck=jnp.bool_(False),
     )  # fmt: skip
-
-
-def run(
-    config: EngineConfig,
-    policy: Policy,
-    host: Host,
-    max_steps: int,
-    step_time: StepTime,
-    trace: TraceArrays,
-    until: Seconds,
-    state: SimulatorState,
-) -> tuple[SimulatorState, StepLog]:
-    """Up to `max_steps` steps that start before `until`, fewer when no request is left; consumes `state`.
-
-    One `lax.while_loop`: under `jax.vmap` the members go on until the last one is done.
-    """
-
-    def is_on(carry) -> Bool[Array, ""]:
-        i, state, _ = carry
-        return (i < max_steps) & has_work(state, until) & ~state.is_stuck
-
-    def advance(carry):
-        i, state, log = carry
-        state, row = step(config, policy, host, step_time, trace, state)
-        return i + 1, state, jax.tree.map(lambda rows, new: rows.at[i].set(new), log, row)
-
-    _, state, log = jax.lax.while_loop(is_on, advance, (jnp.int32(0), state, _blank_log(max_steps)))
-    return state, log
-
-
-def advance(
-    config: EngineConfig,
-    policy: Policy,
-    host: Host,
-    step_time: StepTime,
-    trace: TraceArrays,
-    until: Seconds,
-    state: SimulatorState,
-) -> SimulatorState:
-    """`run` without a limit of steps and without a log; consumes `state`."""
-    one_step = functools.partial(step, config, policy, host, step_time, trace)
-    return jax.lax.while_loop(lambda s: has_work(s, until) & ~s.is_stuck, lambda s: one_step(s)[0], state)
-
-
-def has_work(state: SimulatorState, until: Seconds) -> Bool[Array, ""]:
-    """A request is there, or comes, before `until`."""
-    start = virtual_clock.where(_is_idle(state), virtual_requests.next_arrival(state.requests), state.clock)
-    start = virtual_clock.latest(start, state.clock)
-    return jnp.isfinite(start.high) & (virtual_clock.elapsed_s(start, until) < 0)
 
 
 def step(
@@ -150,7 +102,7 @@ def step(
 ) -> tuple[SimulatorState, StepLog]:
     """One step of the engine: requests that have come get slots, then `admit`, `plan`, `commit`; the clock moves on."""
     todo_before = scheduler.num_todo(state.scheduler)
-    state, todo_loaded = _receive(config, policy, host, trace, _skip_idle_time(state))
+    state, todo_loaded = _receive(config, policy, host, trace, skip_idle_time(state))
     todo = (state.todo_read if host.reads_late else todo_before) + todo_loaded
     if host.reads_late:
         num_rows = jnp.sum(state.scheduler.resident | state.unread, dtype=jnp.int32)
@@ -204,49 +156,21 @@ def step(
     return new_state, log
 
 
-def any_of(policies: Sequence[Policy], index: Int32[Array, ""]) -> Policy:
-    """`policies[index]` for a traced index, to sweep policies by `vmap`; each step then computes the forecasts of all.
-
-    Raises ValueError unless all have the same phase order and batching, which are compiled in.
-    """
-    first = policies[0]
-    if any((p.phase_order, p.batching) != (first.phase_order, first.batching) for p in policies):
-        raise ValueError("policies of different phase order or batching need a run each: these two are compiled in")
-    return Policy(
-        lambda state, active, page_size: jax.lax.switch(
-            index, [lambda p=p: p.forecast(state, active, page_size) for p in policies]
-        ),
-        lambda state: jax.lax.switch(index, [lambda p=p: p.priority(state) for p in policies]),
-        first.phase_order,
-        first.batching,
-    )
-
-
-def _blank_log(num_steps: int) -> StepLog:
-    counts, amounts = jnp.zeros((num_steps,), jnp.int32), jnp.zeros((num_steps,), jnp.float32)
-    work = StepWork(
-        rung=counts, num_decode_tokens=amounts, num_prefill_tokens=amounts, decode_context=amounts,
-        prefill_context=amounts, num_sampled=amounts, num_restored_tokens=amounts,
-    )  # fmt: skip
-    end = Seconds(high=amounts, low=amounts)
-    return StepLog(end=end, work=work, num_running=counts, num_waiting=counts, pages_in_use=counts)
-
-
-def _is_idle(state: SimulatorState) -> Bool[Array, ""]:
+def is_idle(state: SimulatorState) -> Bool[Array, ""]:
     """No request is resident, and the host knows it (else it launches a step, which finds nothing to do)."""
     return ~jnp.any(state.scheduler.resident | state.unread)
 
 
-def _skip_idle_time(state: SimulatorState) -> SimulatorState:
+def skip_idle_time(state: SimulatorState) -> SimulatorState:
     """Moves the clock on to the next arrival when there is nothing to do."""
-    is_idle = _is_idle(state)
+    idle = is_idle(state)
     clock = virtual_clock.latest(virtual_requests.next_arrival(state.requests), state.clock)
     return dataclasses.replace(
         state,
-        clock=virtual_clock.where(is_idle, clock, state.clock),
-        seen=virtual_clock.where(is_idle, clock, state.seen),
-        todo_read=jnp.where(is_idle, 0, state.todo_read),
-        flying_budget=jnp.where(is_idle, 0, state.flying_budget),
+        clock=virtual_clock.where(idle, clock, state.clock),
+        seen=virtual_clock.where(idle, clock, state.seen),
+        todo_read=jnp.where(idle, 0, state.todo_read),
+        flying_budget=jnp.where(idle, 0, state.flying_budget),
     )
 
 
@@ -297,7 +221,7 @@ def _receive(
 def _pool(config: EngineConfig, state: SimulatorState) -> PagePool:
     """The counts as a pool in which every page has one owner; its names of pages are blank."""
     return PagePool(
-        page_indices=jnp.zeros((config.num_slots, config.pages_per_slot), jnp.int32),
+        page_indices=jnp.zeros((state.num_pages.shape[0], config.pages_per_slot), jnp.int32),
         num_pages=state.num_pages,
         free=jnp.zeros((1,), jnp.int32),
         num_free=state.num_free,

@@ -9,7 +9,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Lowest first.  A module may import modules of lower ranks, and of its own package's submodules.
 RANKS = [
-    ["nanojax", "nanojax.array_types", "pallas_kernels.numba_ffi"],
+    [
+        "nanojax",
+        "nanojax.array_types",
+        "pallas_kernels.device",
+        "pallas_kernels.numba_ffi",
+        "pallas_kernels.triton_call",
+    ],
     ["pallas_kernels"],
     ["nanojax.config", "nanojax.hardware", "nanojax.models.layers"],
     [
@@ -28,14 +34,14 @@ RANKS = [
     [
         "nanojax.virtual_engine",
         "nanojax.engine",
-        "nanojax.pipeline.search",
         "nanojax.pipeline.simulate",
         "nanojax.pipeline.render",
     ],
-    ["nanojax.invariants"],
+    ["nanojax.invariants", "nanojax.intake", "nanojax.virtual_run", "nanojax.pipeline.search"],
     ["nanojax.serve", "nanojax.simulate"],
     ["nanojax.fleet"],
     ["experiments"],
+    ["experiments.gpu_report"],
 ]
 FORBIDDEN_NAMES = {"utils", "helpers", "base", "types", "common", "misc"}
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from nanojax import simulate as simulator
-from nanojax import step_time, virtual_clock, virtual_engine
+from nanojax import step_time, virtual_clock, virtual_engine, virtual_run
 from nanojax.config import PRESETS, EngineConfig
 from nanojax.metrics import summarize
 from nanojax.pipeline.cost_model import BatchShape
@@ -265,8 +265,8 @@ def test_policies_are_a_batch_dimension():
     @jax.jit
     @jax.vmap
     def finish(index):
-        policy, state = virtual_engine.any_of(policies, index), virtual_engine.init(TIGHT, arrays)
-        state = virtual_engine.advance(TIGHT, policy, virtual_engine.Host(), UNIT, arrays, forever, state)
+        policy, state = virtual_run.any_of(policies, index), virtual_engine.init(TIGHT, arrays)
+        state = virtual_run.advance(TIGHT, policy, virtual_engine.Host(), UNIT, arrays, forever, state)
         return state.requests.finish
 
     found = virtual_clock.to_float64(finish(jnp.arange(len(policies))))[:, : len(trace)]
@@ -276,7 +276,7 @@ def test_policies_are_a_batch_dimension():
         "the policies must differ, or the test shows little"
     )
     with pytest.raises(ValueError, match="compiled in"):
-        virtual_engine.any_of(
+        virtual_run.any_of(
             [policies[0], dataclasses.replace(policies[0], phase_order=PhaseOrder.PREFILL_FIRST)], jnp.int32(0)
         )
 

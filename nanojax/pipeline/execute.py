@@ -66,7 +66,12 @@ def check(pipeline: Pipeline, config: ModelConfig, num_tokens: int, *, num_devic
 
 
 def forward_per_budget(
-    config: ModelConfig, budgets: Sequence[int], pipelines: Mapping[int, Pipeline], *, attention: str | None = None
+    config: ModelConfig,
+    budgets: Sequence[int],
+    pipelines: Mapping[int, Pipeline],
+    *,
+    attention: str | None = None,
+    use_streams: bool = False,
 ) -> dict[int, Callable[[Params, KVPages, RaggedBatch], tuple[Float32[Array, "R V"], KVPages]]]:
     """`forward` for batches of each of `budgets` tokens, with the pipeline of that budget where there is one.
 
@@ -77,7 +82,9 @@ def forward_per_budget(
             raise ValueError(f"pipeline {pipeline.name!r} is for budget {budget}, which is none of {tuple(budgets)}")
         check(pipeline, config, budget)
     return {
-        budget: functools.partial(forward, config, pipeline=pipelines.get(budget), attention=attention)
+        budget: functools.partial(
+            forward, config, pipeline=pipelines.get(budget), attention=attention, use_streams=use_streams
+        )
         for budget in budgets
     }
 

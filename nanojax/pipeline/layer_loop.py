@@ -20,12 +20,15 @@ from nanojax.kv_cache import KVPages
 from nanojax.models.decoder import DecoderLayer
 from nanojax.models.moe import RoutedHidden
 from nanojax.pipeline import streams
-from nanojax.pipeline.ir import COLLECTIVES, NanoBatch, Node, OpKind, Pipeline
+from nanojax.pipeline.ir import NanoBatch, Node, OpKind, Pipeline
 from nanojax.pipeline.pieces import Pieces
 from pallas_kernels.paged_attention import paged_attention
 
 ATTENTION = (OpKind.DEC_ATTN, OpKind.PF_ATTN)
 INPUT, MIDDLE = "the residual stream before the layer", "the residual stream after attention"
+
+Step = tuple[int, int]
+"""A node, by index, in an iteration of the loop over layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +62,9 @@ def run_layers(
         )  # fmt: skip
     whole = NanoBatch(0, pipeline.num_tokens)
     loop.pieces.put(INPUT, 0, whole, x)
-    groups = list(_groups(pipeline, use_streams))
-    for iteration in range(len(layers) + max(node.lag for node in pipeline.nodes)):
-        for group in groups:
-            loop.run([(i, layer) for i in group if 0 <= (layer := iteration - pipeline.nodes[i].lag) < len(layers)])
+    loop.pieces.settle()
+    for phase in phases(pipeline, len(layers)) if use_streams else ([step] for step in _steps(pipeline, len(layers))):
+        loop.run([(i, iteration - pipeline.nodes[i].lag) for iteration, i in phase])
     return loop.pieces.get(INPUT, len(layers), whole), loop.kv
 
 
@@ -84,6 +86,38 @@ def attention_calls(pipeline: Pipeline) -> dict[int, tuple[OpKind, ...]]:
             if are_near and one.op is not two.op:
                 calls[i], calls[j] = ATTENTION, ()
     return calls
+
+
+def _steps(pipeline: Pipeline, num_layers: int) -> Iterator[Step]:
+    """All nodes of all layers in launch order, as (iteration, node)."""
+    for iteration in range(num_layers + max(node.lag for node in pipeline.nodes)):
+        for i, node in enumerate(pipeline.nodes):
+            if 0 <= iteration - node.lag < num_layers:
+                yield iteration, i
+
+
+def phases(pipeline: Pipeline, num_layers: int) -> Iterator[list[Step]]:
+    """The steps in launch order, cut where one needs what another stream began since the last cut.
+
+    XLA overlaps calls on different streams well where what they give is joined before anything goes on, so each phase ends
+    with a join; inside of it streams do not wait for each other.  Attention also begins a phase after the projection of its
+    keys and values, which reach the cache at the join.
+    """
+    nodes, phase = pipeline.nodes, []
+    for iteration, i in _steps(pipeline, num_layers):
+        needed = [(iteration, dep) for dep in nodes[i].deps] + [(iteration - 1, dep) for dep in nodes[i].carried_deps]
+        if any(
+            step in phase
+            and (
+                nodes[step[1]].stream != nodes[i].stream
+                or (nodes[i].op in ATTENTION and nodes[step[1]].op is OpKind.KQV)
+            )
+            for step in needed
+        ):
+            yield phase
+            phase = []
+        phase.append((iteration, i))
+    yield phase
 
 
 @dataclasses.dataclass
@@ -109,14 +143,15 @@ class _Loop:
     pieces: Pieces = dataclasses.field(default_factory=Pieces)
     reads: list = dataclasses.field(default_factory=list)
 
-    def run(self, group: Sequence[tuple[int, int]]) -> None:
-        """Nodes that may run side by side, given with their layers."""
-        group = [(i, layer) for i, layer in group if self.calls.get(i) != ()]  # else a twin does it
-        values = [self._compute(i, layer) for i, layer in group]
-        if len(values) > 1:
-            values = jax.lax.optimization_barrier(values)
-        for (i, layer), value in zip(group, values, strict=True):
-            self._store(i, layer, value)
+    def run(self, phase: Sequence[tuple[int, int]]) -> None:
+        """A phase, nodes given with their layers; then joined, and its keys and values written."""
+        phase = [(i, layer) for i, layer in phase if self.calls.get(i) != ()]  # else a twin does it
+        for i, layer in phase:
+            self._store(i, layer, self._compute(i, layer))
+        self.pieces.settle(is_join=len({self.pipeline.nodes[i].stream for i, _ in phase}) > 1)
+        for i, layer in phase:
+            if self.pipeline.nodes[i].op is OpKind.KQV:
+                self._write(layer, self.pipeline.tokens_of(self.pipeline.nodes[i]))
 
     def _compute(self, index: int, layer: int) -> Any:
         """The result of node `index`."""
@@ -138,7 +173,7 @@ class _Loop:
                 case OpKind.O_AR:
                     return self.network.add(self.pieces.get(OpKind.O, layer, tokens))
                 case OpKind.ROUTER:
-                    return self._launch(node, self.layers[layer].route, self.pieces.get(MIDDLE, layer, tokens))
+                    return self._launch(node, lambda: self.layers[layer].route(self.pieces.get(MIDDLE, layer, tokens)))
                 case OpKind.UG:
                     return self._up_gate(node, layer, tokens)
                 case OpKind.D:
@@ -152,36 +187,57 @@ class _Loop:
         tokens = self.pipeline.tokens_of(node)
         for op in self.calls.get(index, (node.op,)):
             self.pieces.put(op, layer, tokens, value)
-        is_shared = self.pipeline.is_tensor_parallel
-        if node.op in ((OpKind.O_AG, OpKind.O_AR) if is_shared else (OpKind.O,)):
+        if node.op in (OpKind.O_AG, OpKind.O_AR):
             self.pieces.put(MIDDLE, layer, tokens, self.pieces.get(INPUT, layer, tokens) + value)
-        elif node.op is (OpKind.D_AR if is_shared else OpKind.D):
+        elif node.op is OpKind.D_AR:
             self.pieces.put(INPUT, layer + 1, tokens, self.pieces.get(MIDDLE, layer, tokens) + value)
+        elif not self.pipeline.is_tensor_parallel and node.op is OpKind.O:
+            self.pieces.put(MIDDLE, layer, tokens, value)
+        elif not self.pipeline.is_tensor_parallel and node.op is OpKind.D:
+            self.pieces.put(INPUT, layer + 1, tokens, value)
 
-    def _launch(self, node: Node, operation: Callable, *inputs: Any) -> Any:
+    def _launch(self, node: Node, operation: Callable[[], Any]) -> Any:
         if not self.use_streams:
-            return operation(*inputs)
-        return streams.launch(node.stream, operation, *inputs, has_loops=node.op in ATTENTION)
+            return operation()
+        return streams.launch(node.stream, operation, has_loops=node.op in ATTENTION)
 
-    def _project_qkv(self, node: Node, layer: int, tokens: NanoBatch) -> Float[Array, "t H h"]:
-        """Queries; keys and values go to the cache."""
+    def _project_qkv(self, node: Node, layer: int, tokens: NanoBatch) -> Any:
+        """Queries, keys and values; a stream gives them as one array."""
+
+        def project() -> Any:
+            x, rope = self.pieces.get(INPUT, layer, tokens), self.rope[:, tokens.start : tokens.stop]
+            results = self.layers[layer].project_qkv(x, rope)
+            results = tuple(result.astype(self.kv.value_dtype) for result in results)
+            return jnp.concatenate(results, axis=1) if self.use_streams else results
+
+        return self._launch(node, project)
+
+    def _projected(self, layer: int, tokens: NanoBatch) -> tuple[Array, Array, Array]:
+        value = self.pieces.get(OpKind.KQV, layer, tokens)
+        if isinstance(value, tuple):
+            return value
+        num_kv_heads = self.kv.k.shape[2]
+        q, k, v = jnp.split(value, (value.shape[1] - 2 * num_kv_heads, value.shape[1] - num_kv_heads), axis=1)
+        return q, k, v
+
+    def _write(self, layer: int, tokens: NanoBatch) -> None:
+        """Keys and values go to the cache."""
         part = slice(tokens.start, tokens.stop)
-        x = self.pieces.get(INPUT, layer, tokens)
-        q, k, v = self._launch(node, self.layers[layer].project_qkv, x, self.rope[:, part])
+        _, k, v = self._projected(layer, tokens)
         pages = self.pages[part] if self.use_streams else _after(self.reads, self.pages[part], self.kv)
         self.reads = []
         self.kv = kv_cache.write(self.kv, layer, k, v, pages, self.offset[part])
-        return q
 
     def _attend(self, node: Node, layer: int, tokens: NanoBatch, rows: RaggedBatch) -> Float[Array, "t H h"]:
-        def attend(q: Array, k: Array, v: Array) -> Array:
+        q, _, _ = self._projected(layer, tokens)
+
+        def attend() -> Array:
             return paged_attention(
-                q, k, v, layer, rows.kv_lens, rows.page_indices, rows.cu_q_lens, rows.num_decode,
+                q, self.kv.k, self.kv.v, layer, rows.kv_lens, rows.page_indices, rows.cu_q_lens, rows.num_decode,
                 implementation=self.attention,
             )  # fmt: skip
 
-        q = self.pieces.get(OpKind.KQV, layer, tokens).astype(self.kv.value_dtype)
-        self.reads.append(self._launch(node, attend, q, self.kv.k, self.kv.v))
+        self.reads.append(self._launch(node, attend))
         return self.reads[-1]
 
     def _attended(self, layer: int, tokens: NanoBatch) -> Float[Array, "t H h"]:
@@ -194,30 +250,50 @@ class _Loop:
         return jnp.where(is_decode, self.pieces.get(OpKind.DEC_ATTN, layer, tokens), from_prefill)
 
     def _project_out(self, node: Node, layer: int, tokens: NanoBatch) -> Float[Array, "t D"]:
-        if any(
-            other.op is OpKind.O_AG and self.pipeline.tokens_of(other).intersects(tokens)
-            for other in self.pipeline.nodes
-        ):
-            gathered = self.pieces.get(OpKind.ATTN_AG, layer, tokens)
-            return self._launch(node, self.network.columns[layer].out, gathered)
-        return self._launch(node, self.layers[layer].out, self._attended(layer, tokens))
+        """The residual stream after attention; only what O adds to it where several devices share the layer."""
+        own, shared = self.layers[layer], self.network.columns[layer]
+
+        def project() -> Array:
+            if not self.pipeline.is_tensor_parallel:
+                return own.project_out(self.pieces.get(INPUT, layer, tokens), self._attended(layer, tokens))
+            if any(
+                other.op is OpKind.O_AG and self.pipeline.tokens_of(other).intersects(tokens)
+                for other in self.pipeline.nodes
+            ):
+                return shared.out(self.pieces.get(OpKind.ATTN_AG, layer, tokens))
+            return own.out(self._attended(layer, tokens))
+
+        return self._launch(node, project)
 
     def _up_gate(self, node: Node, layer: int, tokens: NanoBatch) -> Any:
         has_router = any(other.op is OpKind.ROUTER for other in self.pipeline.nodes)
-        routes = [self.pieces.get(OpKind.ROUTER, layer, tokens)] if has_router else []
-        return self._launch(node, self.layers[layer].up_gate, self.pieces.get(MIDDLE, layer, tokens), *routes)
+
+        def up_gate() -> Any:
+            routes = [self.pieces.get(OpKind.ROUTER, layer, tokens)] if has_router else []
+            return self.layers[layer].up_gate(self.pieces.get(MIDDLE, layer, tokens), *routes)
+
+        return self._launch(node, up_gate)
 
     def _down(self, node: Node, layer: int, tokens: NanoBatch) -> Float[Array, "t D"]:
+        """The residual stream after the layer; only what D adds to it where several devices share the layer."""
         project = self.layers[layer].ffn.project_down
         pieces = self.pieces.touching(OpKind.UG, layer, tokens)
-        if not isinstance(pieces[0][1], RoutedHidden):
-            return self._launch(node, project, self.pieces.get(OpKind.UG, layer, tokens))
-        # Sorted by expert and hence not to be joined: each piece is projected by itself.
-        parts = [
-            hidden.cut(max(own.start, tokens.start) - own.start, min(own.stop, tokens.stop) - own.start)
-            for own, hidden in pieces
-        ]
-        return jnp.concatenate([self._launch(node, project, part) for part in parts])
+
+        def down() -> Array:
+            if not isinstance(pieces[0][1], RoutedHidden):
+                change = project(self.pieces.get(OpKind.UG, layer, tokens))
+            else:  # sorted by expert and hence not to be joined: each piece is projected by itself
+                change = jnp.concatenate(
+                    [
+                        project(
+                            hidden.cut(max(own.start, tokens.start) - own.start, min(own.stop, tokens.stop) - own.start)
+                        )
+                        for own, hidden in pieces
+                    ]
+                )
+            return change if self.pipeline.is_tensor_parallel else self.pieces.get(MIDDLE, layer, tokens) + change
+
+        return self._launch(node, down)
 
 
 def _rows_of_calls(
@@ -231,21 +307,6 @@ def _rows_of_calls(
     }
     wanted = dict.fromkeys((pipeline.tokens_of(pipeline.nodes[i]), ops) for i, ops in calls.items() if ops)
     return {(tokens, ops): choose[ops](batches.cut(batch, tokens.start, tokens.stop)) for tokens, ops in wanted}
-
-
-def _groups(pipeline: Pipeline, use_streams: bool) -> Iterator[list[int]]:
-    """Nodes by launch: with streams, two in a row that may run side by side are joined, as XLA overlaps only such pairs."""
-    i = 0
-    while i < len(pipeline.nodes):
-        pair = pipeline.nodes[i : i + 2]
-        is_pair = (
-            use_streams
-            and len({node.stream for node in pair}) == 2
-            and i not in pair[1].deps
-            and not any(node.op in COLLECTIVES for node in pair)
-        )
-        yield [i, i + 1] if is_pair else [i]
-        i += 1 + is_pair
 
 
 def _after(reads: Sequence[Array], pages: Int32[Array, "t"], kv: KVPages) -> Int32[Array, "t"]:

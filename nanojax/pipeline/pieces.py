@@ -15,10 +15,21 @@ class Pieces:
 
     def __init__(self) -> None:
         self._found: dict[tuple[Hashable, int], dict[NanoBatch, Any]] = collections.defaultdict(dict)
+        self._new: list[tuple[tuple[Hashable, int], NanoBatch]] = []
 
     def put(self, name: Hashable, layer: int, tokens: NanoBatch, value: Any) -> None:
         """Keeps `value` as result `name` of `layer` on `tokens`."""
         self._found[name, layer][tokens] = value
+        self._new.append(((name, layer), tokens))
+
+    def settle(self, *, is_join: bool = False) -> None:
+        """Ends a phase.  `is_join`: whatever uses one of the results put since the last call waits for all of them."""
+        new, self._new = self._new, []
+        if is_join:
+            distinct = {id(value): value for value in (self._found[key][tokens] for key, tokens in new)}
+            joined = dict(zip(distinct, jax.lax.optimization_barrier(list(distinct.values())), strict=True))
+            for key, tokens in new:
+                self._found[key][tokens] = joined[id(self._found[key][tokens])]
 
     def touching(self, name: Hashable, layer: int, tokens: NanoBatch) -> list[tuple[NanoBatch, Any]]:
         """The pieces that cover `tokens`, in order.  Raises ValueError if some of the tokens are in none."""

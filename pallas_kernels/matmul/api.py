@@ -7,18 +7,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.device import num_multiprocessors, platform
+
 PANEL = 32
 """Columns must be a multiple of this for "numba"."""
 
 
 def matmul(
-    x: Float[Array, "t c"], kernel: Float[Array, "c f"], *, implementation: str | None = None
+    x: Float[Array, "t c"],
+    kernel: Float[Array, "c f"],
+    *,
+    implementation: str | None = None,
+    num_ctas: int | None = None,
 ) -> Float32[Array, "t f"]:
     """`x @ kernel`: operands in the kernel's dtype, sums and result in float32.
 
     Args:
       implementation: None is the best one for the default platform: "numba" on a CPU with AVX512-BF16 for bfloat16 kernels
-        of an even number of rows and a multiple of 32 columns where numba is installed, else "xla".
+        of an even number of rows and a multiple of 32 columns where numba is installed, else "xla".  "mosaic_gpu" is for Hopper.
+      num_ctas: multiprocessors that "mosaic_gpu" works on, all of them if None; of no meaning to the others.
 
     Raises:
       NotImplementedError: the implementation named does not exist, or cannot run here or on these operands.
@@ -37,15 +44,31 @@ def matmul(
             from pallas_kernels.matmul import numba_cpu  # takes a second: only where it is used
 
             return numba_cpu.matmul(x, kernel)
+        case "mosaic_gpu":
+            reason = _why_not_mosaic(x, kernel)
+            if reason is not None:
+                raise NotImplementedError(f"implementation='mosaic_gpu' {reason}")
+            from pallas_kernels.matmul import mosaic_gpu  # takes a second, too
+
+            count = num_multiprocessors() if num_ctas is None else num_ctas
+            return mosaic_gpu.matmul(x, kernel, num_ctas=count)
         case _:
-            raise NotImplementedError(f"implementation={implementation!r} is none of 'numba', 'xla'")
+            raise NotImplementedError(f"implementation={implementation!r} is none of 'mosaic_gpu', 'numba', 'xla'")
+
+
+def _why_not_mosaic(x, kernel) -> str | None:
+    """What keeps `mosaic_gpu` from the call, None if nothing does."""
+    if platform() != "gpu":
+        return f"runs on 'gpu' (Hopper), not on {platform()!r}"
+    from pallas_kernels.matmul import mosaic_gpu
+
+    return mosaic_gpu.why_not(x, kernel)
 
 
 def _why_not_numba(kernel) -> str | None:
     """What keeps `numba_cpu` from the call, None if nothing does."""
-    platform = jax.default_backend()
-    if platform != "cpu":
-        return f"runs on 'cpu', not on {platform!r}"
+    if platform() != "cpu":
+        return f"runs on 'cpu', not on {platform()!r}"
     if kernel.dtype != jnp.bfloat16 or kernel.shape[0] % 2 or kernel.shape[1] % PANEL:
         return f"needs a bfloat16 kernel of [even, multiple of {PANEL}], not {kernel.dtype.name} {list(kernel.shape)}"
     return _why_not_this_cpu()

@@ -3,10 +3,10 @@
 import importlib.util
 import math
 
-import jax
 from jaxtyping import Array, Float, Int32, UInt16
 
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.device import platform
+from pallas_kernels.paged_attention import reference, triton_gpu, xla
 
 
 def paged_attention(
@@ -39,8 +39,8 @@ def paged_attention(
       cu_q_lens: prefix sum of query tokens; tokens from `cu_q_lens[-1]` on are padding.
       num_decode: at most min(R, T).
       sm_scale: factor on the scores; 1 / sqrt(h) if None.
-      implementation: None is the best one for the default platform: "numba" on a CPU for pages of uint16 or float32
-        where numba is installed, else "xla".
+      implementation: None is the best one for the default platform: "triton" on an NVIDIA GPU where Triton is installed,
+        "numba" on a CPU for pages of uint16 or float32 where numba is installed, else "xla".
 
     Returns:
       Weighted values in the dtype of `q`, accumulated in float32; 0 for padding tokens.
@@ -56,7 +56,10 @@ def paged_attention(
     if not 0 <= layer < num_layers:
         raise ValueError(f"layer={layer} is not in [0, {num_layers})")
     if implementation is None:
-        implementation = "xla" if _why_not_numba(k_pages, v_pages) else "numba"
+        if _why_not_triton(q, k_pages, v_pages) is None:
+            implementation = "triton"
+        else:
+            implementation = "xla" if _why_not_numba(k_pages, v_pages) else "numba"
     match implementation:
         case "xla":
             attend = xla.paged_attention
@@ -67,19 +70,30 @@ def paged_attention(
             from pallas_kernels.paged_attention import numba_cpu  # takes a second: only where it is used
 
             attend = numba_cpu.paged_attention
+        case "triton":
+            reason = _why_not_triton(q, k_pages, v_pages)
+            if reason is not None:
+                raise NotImplementedError(f"implementation='triton' {reason}")
+            attend = triton_gpu.paged_attention
         case "reference":
             attend = reference.paged_attention
         case _:
-            raise NotImplementedError(f"implementation={implementation!r} is none of 'numba', 'reference', 'xla'")
+            raise NotImplementedError(
+                f"implementation={implementation!r} is none of 'numba', 'reference', 'triton', 'xla'"
+            )
     scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
     return attend(q, k_pages, v_pages, layer, kv_lens, page_indices, cu_q_lens, num_decode, sm_scale=scale)
 
 
+def _why_not_triton(q, k_pages, v_pages) -> str | None:
+    """What keeps `triton_gpu` from the call, None if nothing does."""
+    return triton_gpu.why_not(q.shape[1], k_pages.shape[2], q.shape[2], q.dtype, k_pages.dtype, v_pages.dtype)
+
+
 def _why_not_numba(k_pages, v_pages) -> str | None:
     """What keeps `numba_cpu` from the call, None if nothing does."""
-    platform = jax.default_backend()
-    if platform != "cpu":
-        return f"runs on 'cpu', not on {platform!r}"
+    if platform() != "cpu":
+        return f"runs on 'cpu', not on {platform()!r}"
     if importlib.util.find_spec("numba") is None:
         return "needs the package numba, which is not installed"
     dtypes = (k_pages.dtype.name, v_pages.dtype.name)

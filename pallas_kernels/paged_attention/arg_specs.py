@@ -76,6 +76,24 @@ SERVING_SPECS = (
     ArgSpec("prefill-512", num_tokens=512, q_lens=(240, 240, 32), kv_lens=(240, 240, 32), **_SMOLLM2),
 )
 
+_LLAMA3_8B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16, "max_len": 4096}
+_LLAMA3_70B_OF_8 = {**_LLAMA3_8B, "num_heads": 8, "num_kv_heads": 1}
+
+# Steps of a large GPU: decode rows alone, and the paper's dense batch of decode rows and a chunk.
+GPU_SPECS = (
+    ArgSpec("8b-decode-64x2k", num_tokens=64, num_rows=64, q_lens=(1,) * 64, kv_lens=(2048,) * 64, **_LLAMA3_8B),
+    ArgSpec("8b-decode-512x1k", num_tokens=512, num_rows=512, q_lens=(1,) * 512, kv_lens=(1024,) * 512, **_LLAMA3_8B),
+    ArgSpec("8b-prefill-2048", num_tokens=2048, num_rows=4, q_lens=(512,) * 4, kv_lens=(512,) * 4, **_LLAMA3_8B),
+    ArgSpec(
+        "8b-mixed-2048", num_tokens=2048, num_rows=1088, q_lens=(1,) * 1024 + (1024,), kv_lens=(768,) * 1024 + (1024,),
+        **_LLAMA3_8B,
+    ),
+    ArgSpec(
+        "70b/8-mixed-2048", num_tokens=2048, num_rows=1088, q_lens=(1,) * 1024 + (1024,),
+        kv_lens=(768,) * 1024 + (1024,), **_LLAMA3_70B_OF_8,
+    ),
+)  # fmt: skip
+
 
 def make_args(
     spec: ArgSpec,

@@ -99,7 +99,7 @@ def improved_shares(
     x, _ = solve(program, w, node_limit=node_limit, time_limit_s=time_limit_s)
     if x is None:
         return None
-    chosen = [max(levels, key=lambda column: x[column]) for levels in shares]
+    chosen = [max(levels, key=x.__getitem__) for levels in shares]
     values = [
         levels[column] if seconds else SHARE_LEVELS[0]
         for levels, column, seconds in zip(shares, chosen, timeline.alone_s, strict=True)

@@ -1,0 +1,108 @@
+"""How are several programs for one job compared?  Same arrays, repeats in turn, the roofline beside them.
+
+The arguments are made on the device, by a traceable function: so that a machine without a GPU can compile every program
+of the report for one (`compile_all`).
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from experiments.gpu_report.cases import Case, Row, Setting
+from experiments.gpu_report.peaks import Limits, limits
+from experiments.gpu_report.timing import Run, time_interleaved
+from nanojax.pipeline.compiler_options import gpu_options
+
+ERROR_CHARACTERS = 300
+NUM_THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One job in several ways.
+
+    args: makes the arrays; traceable.    programs: name -> function of the arrays; each does the job `num_inner` times.
+    flops, num_bytes: of one job, as little as it can do with; what the roofline is made of.    columns: what the job is.
+    num_ctas, or whatever else tells programs apart in numbers, goes into `program_columns`, by program.
+    """
+
+    name: str
+    args: Callable[[], tuple]
+    programs: Mapping[str, Callable[..., Any]]
+    flops: float
+    num_bytes: float
+    num_inner: int = 1
+    columns: Row = dataclasses.field(default_factory=dict)
+    program_columns: Mapping[str, Row] = dataclasses.field(default_factory=dict)
+    needs_s: float = 5.0
+
+
+def timing_case(comparison: Comparison, setting: Setting) -> Case:
+    """A case that times it: a row per program, `error` in that of one that cannot be compiled or run."""
+    limit_s = 60.0 + 10.0 * len(comparison.programs)
+    return Case(comparison.name, lambda: measure(comparison, setting), comparison.needs_s, limit_s)
+
+
+def measure(comparison: Comparison, setting: Setting) -> list[Row]:
+    """Times all programs that compile.  Raises RuntimeError when none does."""
+    args = jax.block_until_ready(jax.jit(comparison.args)())
+    start_s = time.monotonic()
+    compiled, errors = _compile(comparison, args)
+    compile_s = time.monotonic() - start_s
+    if not compiled:
+        raise RuntimeError("; ".join(f"{name}: {text}" for name, text in errors.items()))
+    runs = {name: Run(lambda f=f: f(*args), comparison.num_inner) for name, f in compiled.items()}
+    timings = time_interleaved(runs, num_repeats=setting.num_repeats)
+    bounds = limits(setting)
+    rows = [
+        _row(comparison, name, bounds) | timings[name].row() | rates(comparison, timings[name].median_s, bounds)
+        for name in compiled
+    ]
+    rows[0]["compile_all_s"] = compile_s
+    return [*rows, *({**_row(comparison, name, bounds), "error": text} for name, text in errors.items())]
+
+
+def _compile(comparison: Comparison, args: Sequence[Any]) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """The programs that compile, and why the others do not; several at a time, as most of it is not Python."""
+    errors = {}
+    with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+        waiting = {name: pool.submit(compile_program, comparison, name, args) for name in comparison.programs}
+        for name, future in list(waiting.items()):
+            error = future.exception()
+            if error is not None:  # one implementation that does not support a shape shall not hide the others
+                errors[name] = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
+                del waiting[name]
+    return {name: future.result() for name, future in waiting.items()}, errors
+
+
+def compile_program(comparison: Comparison, name: str, args: Sequence[Any]) -> Callable[..., Any]:
+    """The compiled program for arguments, or shapes of arguments, `args`."""
+    return jax.jit(comparison.programs[name]).lower(*args).compile(compiler_options=options_here())
+
+
+def options_here() -> dict[str, Any] | None:
+    """XLA's options on a GPU, those of the engine's steps: everything in one CUDA graph, products never merged."""
+    return dict(gpu_options()) if jax.default_backend() == "gpu" else None
+
+
+def rates(comparison: Comparison, seconds: float, bounds: Limits) -> Row:
+    """What a time means: rates, and the part of the roofline that was reached."""
+    return {
+        "flops_per_s": comparison.flops / seconds,
+        "bytes_per_s": comparison.num_bytes / seconds,
+        "roofline_fraction": bounds.seconds(comparison.flops, comparison.num_bytes) / seconds,
+    }
+
+
+def _row(comparison: Comparison, name: str, bounds: Limits) -> Row:
+    return {
+        **comparison.columns,
+        "program": name,
+        **comparison.program_columns.get(name, {}),
+        "roofline_s": bounds.seconds(comparison.flops, comparison.num_bytes),
+    }

@@ -207,17 +207,13 @@ def _initial_state(pipeline: Pipeline, num_layers: int) -> _State:
 
 
 def _mark_ready(state: _State, pipeline: Pipeline, num_layers: int) -> None:
-    def is_done(dep: int, iteration: int) -> bool:
-        layer = iteration - pipeline.nodes[dep].lag
-        return layer <= state.last_layer[dep] or layer >= num_layers
-
+    nodes = pipeline.nodes
     for stream, queue in state.queues.items():
         if queue and stream not in state.ready_s:
             iteration, index = queue[-1]
-            node = pipeline.nodes[index]
-            if all(is_done(dep, iteration) for dep in node.deps) and all(
-                is_done(dep, iteration - 1) for dep in node.carried_deps
-            ):
+            needed = [(dep, iteration - nodes[dep].lag) for dep in nodes[index].deps]
+            needed += [(dep, iteration - 1 - nodes[dep].lag) for dep in nodes[index].carried_deps]
+            if all(layer <= state.last_layer[dep] or layer >= num_layers for dep, layer in needed):
                 state.ready_s[stream] = state.now_s
 
 

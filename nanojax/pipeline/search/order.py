@@ -64,8 +64,7 @@ def best_order(
     for need in needs(data_flow(problem, structure)):
         row = {u[need.consumer]: 1.0, u[need.producer]: -1.0, w: -scaled[need.producer]}
         program.row(row, low=-need.distance)
-    busy = [i for i, duration in enumerate(scaled) if duration > 0]
-    for i, j in itertools.combinations(busy, 2):
+    for i, j in itertools.combinations(range(len(structure)), 2):  # a node without work has its place in a stream, too
         if structure[i][0].resource is structure[j][0].resource:
             k = program.column(-1, 2, is_integral=True)
             program.row({u[j]: 1, u[i]: -1, k: 1, w: -scaled[i]}, low=0)

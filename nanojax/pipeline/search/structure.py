@@ -90,14 +90,17 @@ def arranged(
     turns: (i, j, k) makes node j of layer l + k wait for node i of layer l, though it reads nothing of it.
     Raises ValueError where the data flow allows no such order.
     """
-    flow = needs(data_flow(problem, structure))
+    flow, durations_s = needs(data_flow(problem, structure)), problem.durations_s(structure)
     lags = [int(start + LAG_ROUNDING) for start in starts]
     for need in sorted(
         flow, key=lambda need: need.consumer
     ):  # data flows from left to right; a solver's starts may not, by a hair
         if need.distance == 0:
             lags[need.consumer] = max(lags[need.consumer], lags[need.producer])
-    launch = _launch_order([start - lag for start, lag in zip(starts, lags, strict=True)], lags, flow)
+    offsets = [
+        (round(start - lag, LAUNCH_DIGITS), s > 0) for start, lag, s in zip(starts, lags, durations_s, strict=True)
+    ]
+    launch = _launch_order(offsets, lags, flow)
     place = {i: at for at, i in enumerate(launch)}
     waits: dict[tuple[int, int], list[int]] = {}
     for first, second, layers in turns:
@@ -120,8 +123,8 @@ def arranged(
     return with_dependencies(Pipeline("searched", problem.num_tokens, ranges, nodes))
 
 
-def _launch_order(offsets: Sequence[float], lags: Sequence[int], flow: Sequence[Need]) -> list[int]:
-    """By offset in the iteration; where offsets are equal, as around nodes without work, what is read in it goes first.
+def _launch_order(offsets: Sequence[tuple[float, bool]], lags: Sequence[int], flow: Sequence[Need]) -> list[int]:
+    """By offset in the iteration and whether there is work; first of all, what is read in the same iteration.
 
     Raises ValueError where nodes of an iteration would wait for each other.
     """
@@ -134,7 +137,7 @@ def _launch_order(offsets: Sequence[float], lags: Sequence[int], flow: Sequence[
         ready = [i for i in range(len(offsets)) if i not in launch and before[i] <= set(launch)]
         if not ready:
             raise ValueError(f"these lags let nodes wait for each other: {tuple(lags)}")
-        launch.append(min(ready, key=lambda i: (round(offsets[i], LAUNCH_DIGITS), i)))
+        launch.append(min(ready, key=lambda i: (offsets[i], i)))
     return launch
 
 

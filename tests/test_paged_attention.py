@@ -270,7 +270,7 @@ def test_layers_of_a_step_share_the_work_list():
 
 def test_an_unknown_implementation_is_refused():
     args = tiny_args(tiny(BATCHES["decode only"]))
-    with pytest.raises(NotImplementedError, match="'cuda' is none of 'numba', 'reference', 'xla'"):
+    with pytest.raises(NotImplementedError, match="'cuda' is none of 'mosaic_gpu', 'numba', 'reference', 'xla'"):
         api.paged_attention(layer=0, implementation="cuda", **args)
 
 

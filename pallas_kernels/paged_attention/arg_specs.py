@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -75,6 +76,38 @@ SERVING_SPECS = (
     ArgSpec("prefill-256", num_tokens=256, q_lens=(240, 16), kv_lens=(240, 16), **_SMOLLM2),
     ArgSpec("prefill-512", num_tokens=512, q_lens=(240, 240, 32), kv_lens=(240, 240, 32), **_SMOLLM2),
 )
+
+
+_LLAMA3_8B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 64}
+
+# Steps of LLaMA-3-8B on one GPU.
+GPU_SPECS = (
+    ArgSpec(
+        "decode-64x2k", num_tokens=64, num_rows=64, max_len=2048, q_lens=(1,) * 64, kv_lens=(2048,) * 64, **_LLAMA3_8B
+    ),
+    ArgSpec(
+        "decode-512x1k", num_tokens=512, num_rows=512, max_len=1024, q_lens=(1,) * 512, kv_lens=(1024,) * 512, **_LLAMA3_8B
+    ),
+    ArgSpec("prefill-2048", num_tokens=2048, num_rows=64, max_len=2048, q_lens=(2048,), kv_lens=(2048,), **_LLAMA3_8B),
+)
+
+
+def arg_shapes(spec: ArgSpec, dtype: DTypeLike, *, num_layers: int, num_pages: int, sharding=None) -> dict:
+    """Shapes of what `make_args` makes, for a program that is compiled and not run."""
+
+    def shape(*dims, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+    pages = shape(num_layers, num_pages, spec.num_kv_heads, spec.page_size, spec.head_dim, dtype=dtype)
+    return {
+        "q": shape(spec.num_tokens, spec.num_heads, spec.head_dim, dtype=dtype),
+        "k_pages": pages,
+        "v_pages": pages,
+        "kv_lens": shape(spec.num_rows),
+        "page_indices": shape(spec.num_rows, spec.pages_per_row),
+        "cu_q_lens": shape(spec.num_rows + 1),
+        "num_decode": shape(),
+    }
 
 
 def make_args(

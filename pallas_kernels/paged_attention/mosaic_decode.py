@@ -88,6 +88,11 @@ class DecodeShape:
     def pages_per_block(self) -> int:
         return self.block // self.page_size
 
+    def smem_bytes(self, dtype) -> int:
+        """Shared memory of the buffers, with a kilobyte for barriers and 2 KB in which warps reduce."""
+        rows = self.num_stages * (self.heads + 2 * self.block)
+        return (rows * self.head_dim + self.heads * self.block) * jnp.dtype(dtype).itemsize + 3072
+
     def scratch(self, dtype) -> dict:
         """Shared memory and barriers: rings of keys with their queries and of values, one block of weights."""
         ring = functools.partial(plgpu.Barrier, num_barriers=self.num_stages)
@@ -198,21 +203,18 @@ def attend_parts(shape: DecodeShape, first_of_layer: int, cta, refs, scratch, in
         lax.fori_loop(first_part, end_part, part_body, jnp.int32(0))
 
 
-def _merge_body(shape: DecodeShape, interpret, cu_parts, acc_in, lse_in, out, out_smem):
+def _merge_body(shape: DecodeShape, interpret: Interpret, cu_parts, acc_in, lse_in, out) -> None:
     """CTA `pair`: the mean of its parts, weighted by their sums; zero if it has none."""
     pair = lax.axis_index("pair")
     heads, acc_shape = shape.heads, (shape.head_dim, shape.heads)
 
     def add(part, state):
         peak, total, acc = state
-        lse, new = lse_in[part], acc_in[part]
-        if interpret is None:
-            lse = plgpu.layout_cast(lse, plgpu.Layout.WGMMA.reduce(0))
+        lse = tiles.load(lse_in, part, plgpu.Layout.WGMMA.reduce(0), interpret)
+        new = tiles.load(acc_in, part, plgpu.Layout.WGMMA, interpret)
         new_peak = jnp.maximum(peak, lse)
         old, weight = jnp.exp2(peak - new_peak), jnp.exp2(lse - new_peak)
-        acc = acc * tiles.spread(old, acc_shape, 1) + tiles.as_accumulator(new, interpret) * tiles.spread(
-            weight, acc_shape, 1
-        )
+        acc = acc * tiles.spread(old, acc_shape, 1) + new * tiles.spread(weight, acc_shape, 1)
         return new_peak, total * old + weight, acc
 
     peak, total = (jnp.full((heads,), x, jnp.float32) for x in (tiles.MASKED, 0))
@@ -220,11 +222,7 @@ def _merge_body(shape: DecodeShape, interpret, cu_parts, acc_in, lse_in, out, ou
         peak, total = (plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(0)) for x in (peak, total))
     acc = tiles.as_accumulator(jnp.zeros(acc_shape, jnp.float32), interpret)
     _, total, acc = lax.fori_loop(cu_parts[pair], cu_parts[pair + 1], add, (peak, total, acc))
-    mean = acc / tiles.spread(jnp.maximum(total, jnp.float32(1e-30)), acc_shape, 1)
-    tiles.store_transposed(out_smem.at[0], mean.astype(out.dtype), interpret)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_smem.at[0, pl.ds(0, shape.group)], out.at[pl.ds(pair * shape.group, shape.group)])
-    plgpu.wait_smem_to_gmem(0)
+    out[pair] = acc / tiles.spread(jnp.maximum(total, jnp.float32(1e-30)), acc_shape, 1)
 
 
 def decode_attention(
@@ -273,9 +271,9 @@ def decode_attention(
     out = tiles.kernel(
         functools.partial(_merge_body, shape, interpret),
         interpret=interpret,
-        out_type=jax.ShapeDtypeStruct((num_rows * num_heads, head_dim), q.dtype),
-        scratch_types=[plgpu.SMEM((1, shape.heads, head_dim), q.dtype)],
+        out_type=jax.ShapeDtypeStruct((num_pairs, head_dim, shape.heads), jnp.float32),
         grid=(num_pairs,),
         grid_names=("pair",),
     )(schedule.cu_parts_of_pair, acc, lse)
-    return out.reshape(q.shape)
+    out = lax.slice_in_dim(out, 0, shape.group, axis=2)
+    return lax.transpose(out, (0, 2, 1)).reshape(num_rows, num_heads, head_dim).astype(q.dtype)

@@ -75,6 +75,11 @@ def iota(shape: tuple[int, int], dimension: int, interpret: Interpret):
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)
 
 
+def load(ref, index, layout, interpret: Interpret):
+    """`ref[index]` in registers of the given layout."""
+    return ref[index] if interpret is not None else plgpu.load(ref, index, layout=layout, optimized=False)
+
+
 def spread(vector, shape: tuple[int, int], dimension: int):
     """A vector along `dimension` of a matrix, repeated along the other."""
     return lax.broadcast_in_dim(vector, shape, [dimension])
@@ -85,7 +90,7 @@ def clear_beyond(tile, num_valid, interpret: Interpret, rows: range) -> None:
     for first in rows[::HALF]:
         half = tile.at[pl.ds(first, HALF)]
         row = first + iota(half.shape, 0, interpret)
-        value = as_accumulator(half[...], interpret)
+        value = load(half, (), plgpu.Layout.WGMMA, interpret)
         half[...] = jnp.where(row < num_valid, value, jnp.zeros((), value.dtype))
     plgpu.commit_smem()
 

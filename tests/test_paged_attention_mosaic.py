@@ -1,0 +1,228 @@
+"""Do the Mosaic GPU kernels keep the contract, without races (interpreter), and do they compile for an H200?"""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from pallas_kernels.paged_attention import api, arg_specs, mosaic_gpu
+from pallas_kernels.paged_attention.arg_specs import ArgSpec, make_args
+from pallas_kernels.paged_attention.mosaic_decode import decode_schedule
+
+LAYER, NUM_LAYERS = 1, 2
+INTERPRET = InterpretGPUParams(detect_races=True, out_of_bounds_reads="raise")
+CONFIG = mosaic_gpu.Config(block=64, num_stages=2, num_ctas=3)
+
+
+def poisoned(spec: ArgSpec, dtype) -> dict:
+    """Arguments with NaN in all that no token holds: other layers, other pages, the rest of last pages, padding."""
+    args = make_args(spec, dtype, num_layers=NUM_LAYERS, num_pages=spec.num_pages_used + 3)
+    is_used = np.zeros((NUM_LAYERS, args["k_pages"].shape[1], spec.page_size), bool)
+    for row, kv_len in enumerate(spec.kv_lens):
+        for s in range(kv_len):
+            is_used[LAYER, args["page_indices"][row, s // spec.page_size], s % spec.page_size] = True
+    pages = {x: jnp.where(is_used[:, :, None, :, None], args[x], jnp.nan) for x in ("k_pages", "v_pages")}
+    is_padding = np.arange(spec.num_tokens) >= sum(spec.q_lens)
+    return {**args, **pages, "q": jnp.where(is_padding[:, None, None], jnp.nan, args["q"])}
+
+
+def interpreted(args, config=CONFIG):
+    """The kernels' result in the interpreter, which prints races and goes on: they are errors here."""
+    scale = args["q"].shape[-1] ** -0.5
+    printed = io.StringIO()
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    with contextlib.redirect_stdout(printed):
+        out = mosaic_gpu.paged_attention(**args, layer=LAYER, sm_scale=scale, config=config, interpret=INTERPRET)
+        out = np.asarray(out, np.float32)
+    assert "RACE" not in printed.getvalue(), printed.getvalue()
+    return out
+
+
+def reference(args):
+    return np.asarray(api.paged_attention(layer=LAYER, implementation="reference", **args), np.float32)
+
+
+def assert_close(args):
+    in_float32 = {name: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in args.items()}
+    truth = reference(in_float32)
+    error = np.abs(interpreted(args) - truth).max()
+    assert error <= 2 * np.abs(reference(args) - truth).max()
+
+
+# (q_len, kv_len) of each row: decode rows split over CTAs, lengths 0 and 1, ends of pages and blocks, a prefill chunk.
+DECODE = ((1, 1), (1, 200), (1, 64), (1, 17))
+MIXED = (*DECODE, (5, 70), (2, 2), (0, 0))
+
+CASES = [
+    # H, K, h, page size, dtype, rows
+    (2, 2, 64, 16, jnp.bfloat16, DECODE),
+    (4, 2, 128, 64, jnp.bfloat16, MIXED),
+    (3, 1, 64, 32, jnp.float16, DECODE),
+    (4, 1, 128, 16, jnp.bfloat16, DECODE),
+    (14, 2, 64, 64, jnp.bfloat16, DECODE),
+    (8, 1, 64, 32, jnp.float16, MIXED),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda x: f"{x[0]}/{x[1]} h{x[2]} p{x[3]}")
+def test_equals_reference_without_races(case):
+    num_heads, num_kv_heads, head_dim, page_size, dtype, rows = case
+    q_lens, kv_lens = zip(*rows, strict=True)
+    spec = ArgSpec("tiny", num_heads, num_kv_heads, head_dim, page_size, 13, len(rows), 256, q_lens, kv_lens)
+    assert_close(poisoned(spec, dtype))
+
+
+def test_a_race_is_seen(monkeypatch):
+    """The check above can fail: a producer that does not wait for its buffer is reported."""
+    from pallas_kernels.paged_attention import mosaic_decode
+
+    wait = mosaic_decode.plgpu.barrier_wait
+    calls = iter(range(1000))
+    # The producer is traced first: its first wait is for a free buffer of keys.
+    monkeypatch.setattr(mosaic_decode.plgpu, "barrier_wait", lambda barrier: next(calls) and wait(barrier))
+    spec = ArgSpec("tiny", 2, 1, 64, 16, 2, 2, 256, (1, 1), (200, 200))
+    with pytest.raises(Exception, match=r"RACE|phase"):
+        interpreted(poisoned(spec, jnp.bfloat16), mosaic_gpu.Config(block=64, num_stages=1, num_ctas=1))
+
+
+@pytest.mark.parametrize("num_ctas", [1, 3, 7, 132])
+@pytest.mark.parametrize("kv_lens", [(1,), (1, 64, 65, 700), (5000, 1, 1), (0, 0)])
+def test_schedule_covers_each_block_once_and_is_balanced(kv_lens, num_ctas):
+    num_kv_heads, block = 2, 64
+    num_decode = sum(kv_len > 0 for kv_len in kv_lens)
+    schedule = jax.tree.map(np.asarray, decode_schedule(jnp.array(kv_lens), jnp.int32(num_decode), 2, block, num_ctas))
+    blocks = [
+        (row, head, i) for row, n in enumerate(kv_lens) for head in range(num_kv_heads) for i in range(-(-n // block))
+    ]
+    cu_ctas, cu_pairs = schedule.cu_parts_of_cta, schedule.cu_parts_of_pair
+    assert cu_ctas[0] == 0
+    assert cu_ctas[-1] == cu_pairs[-1] <= len(schedule.parts)
+    runs = [schedule.parts[a:b] for a, b in zip(cu_ctas[:-1], cu_ctas[1:], strict=True)]
+    done = [[(row, head, first + i) for row, head, first, n in run for i in range(n)] for run in runs]
+    assert sum(done, []) == blocks
+    assert max(map(len, done)) == -(-len(blocks) // num_ctas)
+    for pair, (a, b) in enumerate(zip(cu_pairs[:-1], cu_pairs[1:], strict=True)):
+        assert all(row * num_kv_heads + head == pair for row, head, _, _ in schedule.parts[a:b])
+
+
+@pytest.mark.parametrize("options", [{"block": 0}, {"block": 96}, {"num_stages": 0}, {"num_ctas": 0}])
+def test_bad_configs_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}="):
+        mosaic_gpu.Config(**options)
+
+
+def shapes_of(**changes):
+    spec = ArgSpec(**{**vars(arg_specs.GPU_SPECS[0]), **changes.pop("spec", {})})
+    return arg_specs.arg_shapes(spec, changes.pop("dtype", jnp.bfloat16), num_layers=32, num_pages=8192)
+
+
+def trace(shapes, config=mosaic_gpu.Config()):
+    attend = functools.partial(mosaic_gpu.paged_attention, layer=31, sm_scale=0.1, config=config)
+    return jax.eval_shape(lambda args: attend(**args), shapes)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [({"num_stages": 4}, "a CTA has 232448"), ({"block": 64}, "no multiple of the page size 128")],
+)
+def test_configs_that_do_not_fit_the_shapes_are_refused(config, reason):
+    spec = {"page_size": 128} if "block" in config else {}
+    with pytest.raises(ValueError, match=reason):
+        trace(shapes_of(spec=spec), mosaic_gpu.Config(**config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": jnp.float32}, "rounds float32 to tf32"),
+        ({"dtype": jnp.uint16}, "pages of bits are for CPUs"),
+        ({"spec": {"head_dim": 80}}, "head_dim 64 and 128, not 80"),
+        ({"spec": {"page_size": 12}}, "page size 12"),
+    ],
+)
+def test_what_has_no_kernel_is_refused(changes, reason):
+    shapes = shapes_of(**changes)
+    if shapes["q"].dtype == jnp.uint16:
+        shapes["q"] = jax.ShapeDtypeStruct(shapes["q"].shape, jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=reason):
+        trace(shapes)
+
+
+def test_the_named_implementation_is_loud_without_a_gpu():
+    spec = ArgSpec("tiny", 2, 1, 64, 16, 1, 1, 64, (1,), (9,))
+    with pytest.raises(NotImplementedError, match="'mosaic_gpu' runs on 'gpu', not on 'cpu'"):
+        api.paged_attention(layer=0, implementation="mosaic_gpu", **make_args(spec, jnp.bfloat16))
+
+
+def test_a_cache_of_more_than_2_to_the_31_elements_is_indexed_by_page():
+    shapes = shapes_of()
+    assert np.prod(shapes["k_pages"].shape) > 2**31
+    jaxpr = str(jax.make_jaxpr(lambda args: mosaic_gpu.paged_attention(**args, layer=31, sm_scale=0.1))(shapes))
+    numbers = [int(x) for x in re.findall(r"(?<![\w.\[,])\d{6,}(?=:i32)", jaxpr)]
+    assert 31 * 8192 in numbers  # the layer's first page
+    assert max(numbers) < 2**31
+    pages = [x for x in re.findall(r"bf16\[([\d,]+)\]", jaxpr) if np.prod(np.array(x.split(","), float)) > 2**31]
+    # Always [pages K p h] or with the layers apart: no flat view of the elements.
+    assert set(pages) <= {"32,8192,8,64,128", "262144,8,64,128", "2097152,8192"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs a CUDA plugin to compile")
+@pytest.mark.parametrize("spec", arg_specs.GPU_SPECS, ids=lambda spec: spec.name)
+def test_compiles_for_h200_without_spills(spec, tmp_path):
+    """In a process of its own: the dump is chosen when JAX is loaded."""
+    root = pathlib.Path(__file__).parents[1]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    command = [sys.executable, "-c", COMPILE, spec.name]
+    subprocess.run(command, cwd=root, env=env, check=True, capture_output=True, timeout=300)
+    logs = {path.stem: path.read_text() for path in tmp_path.glob("*.ptxas")}
+    assert len(logs) == 2, logs.keys()
+    for log in logs.values():
+        assert "0 bytes spill stores, 0 bytes spill loads" in log
+        assert int(re.findall(r"Used (\d+) registers", log)[0]) <= 128
+
+
+COMPILE = """
+import sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from pallas_kernels.paged_attention import arg_specs, mosaic_gpu
+TARGET = '''
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
+  clock_rate_ghz: 1.98 device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" name: "NVIDIA H200"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H200"
+'''
+topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=TARGET)
+mesh = topologies.make_mesh(topology, (1,), ("x",))
+spec = next(spec for spec in arg_specs.GPU_SPECS if spec.name == sys.argv[1])
+shapes = arg_specs.arg_shapes(
+    spec, jnp.bfloat16, num_layers=32, num_pages=4096, sharding=NamedSharding(mesh, PartitionSpec())
+)
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    lowered = jax.jit(lambda args: mosaic_gpu.paged_attention(**args, layer=3, sm_scale=0.1)).lower(shapes)
+compiled = lowered.compile()
+cache_bytes = shapes["k_pages"].size * 2
+assert compiled.memory_analysis().temp_size_in_bytes < cache_bytes // 8, "the cache is copied"
+print(compiled.memory_analysis())
+"""

@@ -86,7 +86,13 @@ GPU_SPECS = (
         "decode-64x2k", num_tokens=64, num_rows=64, max_len=2048, q_lens=(1,) * 64, kv_lens=(2048,) * 64, **_LLAMA3_8B
     ),
     ArgSpec(
-        "decode-512x1k", num_tokens=512, num_rows=512, max_len=1024, q_lens=(1,) * 512, kv_lens=(1024,) * 512, **_LLAMA3_8B
+        "decode-512x1k",
+        num_tokens=512,
+        num_rows=512,
+        max_len=1024,
+        q_lens=(1,) * 512,
+        kv_lens=(1024,) * 512,
+        **_LLAMA3_8B,
     ),
     ArgSpec("prefill-2048", num_tokens=2048, num_rows=64, max_len=2048, q_lens=(2048,), kv_lens=(2048,), **_LLAMA3_8B),
 )

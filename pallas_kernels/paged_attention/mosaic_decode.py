@@ -82,10 +82,12 @@ class DecodeShape:
 
     @property
     def heads(self) -> int:
+        """Query heads of a tile, G'."""
         return -(-self.group // tiles.SUBLANES) * tiles.SUBLANES
 
     @property
     def pages_per_block(self) -> int:
+        """TMA copies for a block of keys."""
         return self.block // self.page_size
 
     def smem_bytes(self, dtype) -> int:

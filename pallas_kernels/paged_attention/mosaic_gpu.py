@@ -9,7 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
 from pallas_kernels.paged_attention import xla
@@ -46,9 +46,7 @@ class Config:
             raise ValueError(f"block={self.block} is no multiple of the page size {page_size}")
         group = num_heads // num_kv_heads
         scale = sm_scale * math.log2(math.e)
-        shape = DecodeShape(
-            group, head_dim, page_size, num_kv_heads, self.block, self.num_stages, self.num_ctas, scale
-        )
+        shape = DecodeShape(group, head_dim, page_size, num_kv_heads, self.block, self.num_stages, self.num_ctas, scale)
         if shape.smem_bytes(dtype) > tiles.SMEM_BYTES:
             raise ValueError(
                 f"num_stages={self.num_stages} of block={self.block} need {shape.smem_bytes(dtype)} B of shared memory, "
@@ -75,8 +73,8 @@ def why_not(q, k_pages, v_pages) -> str | None:
 
 def paged_attention(
     q: Float[Array, "T H h"],
-    k_pages: Float[Array, "L N K p h"],
-    v_pages: Float[Array, "L N K p h"],
+    k_pages: Float[Array, "L N K p h"] | UInt16[Array, "L N K p h"],
+    v_pages: Float[Array, "L N K p h"] | UInt16[Array, "L N K p h"],
     layer: int,
     kv_lens: Int32[Array, "R"],
     page_indices: Int32[Array, "R P"],

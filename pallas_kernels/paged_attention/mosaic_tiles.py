@@ -52,7 +52,7 @@ def matmul(a, b, interpret: Interpret, *, transpose_a: bool = False, transpose_b
         plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC((int(a.shape[0]), int(b.shape[1])), jnp.float32))
 
 
 def store_transposed(ref, value, interpret: Interpret) -> None:
@@ -80,7 +80,7 @@ def load(ref, index, layout, interpret: Interpret):
     return ref[index] if interpret is not None else plgpu.load(ref, index, layout=layout, optimized=False)
 
 
-def spread(vector, shape: tuple[int, int], dimension: int):
+def spread(vector, shape: tuple[int, ...], dimension: int):
     """A vector along `dimension` of a matrix, repeated along the other."""
     return lax.broadcast_in_dim(vector, shape, [dimension])
 

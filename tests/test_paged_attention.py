@@ -270,7 +270,8 @@ def test_layers_of_a_step_share_the_work_list():
 
 def test_an_unknown_implementation_is_refused():
     args = tiny_args(tiny(BATCHES["decode only"]))
-    with pytest.raises(NotImplementedError, match="'cuda' is none of 'numba', 'reference', 'triton', 'xla'"):
+    names = "'mosaic_gpu', 'numba', 'reference', 'triton', 'xla'"
+    with pytest.raises(NotImplementedError, match=f"'cuda' is none of {names}"):
         api.paged_attention(layer=0, implementation="cuda", **args)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 
+import jax
 from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.device import platform
@@ -40,7 +41,8 @@ def paged_attention(
       num_decode: at most min(R, T).
       sm_scale: factor on the scores; 1 / sqrt(h) if None.
       implementation: None is the best one for the default platform: "triton" on an NVIDIA GPU where Triton is installed,
-        "numba" on a CPU for pages of uint16 or float32 where numba is installed, else "xla".
+        without it "mosaic_gpu" on compute capability 9 for the shapes and dtypes it has kernels for; "numba" on a CPU for
+        pages of uint16 or float32 where numba is installed; else "xla".
 
     Returns:
       Weighted values in the dtype of `q`, accumulated in float32; 0 for padding tokens.
@@ -56,10 +58,12 @@ def paged_attention(
     if not 0 <= layer < num_layers:
         raise ValueError(f"layer={layer} is not in [0, {num_layers})")
     if implementation is None:
-        if _why_not_triton(q, k_pages, v_pages) is None:
-            implementation = "triton"
-        else:
-            implementation = "xla" if _why_not_numba(k_pages, v_pages) else "numba"
+        reasons = {
+            "triton": _why_not_triton(q, k_pages, v_pages),
+            "mosaic_gpu": _why_not_mosaic_gpu(q, k_pages, v_pages),
+            "numba": _why_not_numba(k_pages, v_pages),
+        }
+        implementation = next((name for name, reason in reasons.items() if reason is None), "xla")
     match implementation:
         case "xla":
             attend = xla.paged_attention
@@ -75,12 +79,18 @@ def paged_attention(
             if reason is not None:
                 raise NotImplementedError(f"implementation='triton' {reason}")
             attend = triton_gpu.paged_attention
+        case "mosaic_gpu":
+            reason = _why_not_mosaic_gpu(q, k_pages, v_pages)
+            if reason is not None:
+                raise NotImplementedError(f"implementation='mosaic_gpu' {reason}")
+            from pallas_kernels.paged_attention import mosaic_gpu  # Mosaic GPU loads slowly: only where it is used
+
+            attend = mosaic_gpu.paged_attention
         case "reference":
             attend = reference.paged_attention
         case _:
-            raise NotImplementedError(
-                f"implementation={implementation!r} is none of 'numba', 'reference', 'triton', 'xla'"
-            )
+            names = "'mosaic_gpu', 'numba', 'reference', 'triton', 'xla'"
+            raise NotImplementedError(f"implementation={implementation!r} is none of {names}")
     scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
     return attend(q, k_pages, v_pages, layer, kv_lens, page_indices, cu_q_lens, num_decode, sm_scale=scale)
 
@@ -100,3 +110,15 @@ def _why_not_numba(k_pages, v_pages) -> str | None:
     if dtypes not in (("uint16", "uint16"), ("float32", "float32")):
         return f"reads keys and values both in uint16 (the bits of bfloat16) or both in float32, not in {dtypes}"
     return None
+
+
+def _why_not_mosaic_gpu(q, k_pages, v_pages) -> str | None:
+    """What keeps `mosaic_gpu` from the call, None if nothing does."""
+    if platform() != "gpu":
+        return f"runs on 'gpu', not on {platform()!r}"
+    capability = getattr(jax.devices()[0], "compute_capability", "none")
+    if not str(capability).startswith("9."):
+        return f"is made of Hopper's wgmma, compute capability 9, which this GPU ({capability}) does not have"
+    from pallas_kernels.paged_attention import mosaic_gpu
+
+    return mosaic_gpu.why_not(q, k_pages, v_pages)

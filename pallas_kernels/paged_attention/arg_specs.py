@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -93,6 +94,24 @@ GPU_SPECS = (
         kv_lens=(768,) * 1024 + (1024,), **_LLAMA3_70B_OF_8,
     ),
 )  # fmt: skip
+
+
+def arg_shapes(spec: ArgSpec, dtype: DTypeLike, *, num_layers: int, num_pages: int, sharding=None) -> dict:
+    """Shapes of what `make_args` makes, for a program that is compiled and not run."""
+
+    def shape(*dims, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+    pages = shape(num_layers, num_pages, spec.num_kv_heads, spec.page_size, spec.head_dim, dtype=dtype)
+    return {
+        "q": shape(spec.num_tokens, spec.num_heads, spec.head_dim, dtype=dtype),
+        "k_pages": pages,
+        "v_pages": pages,
+        "kv_lens": shape(spec.num_rows),
+        "page_indices": shape(spec.num_rows, spec.pages_per_row),
+        "cu_q_lens": shape(spec.num_rows + 1),
+        "num_decode": shape(),
+    }
 
 
 def make_args(

@@ -1,0 +1,281 @@
+"""How does a given number of CTAs share the decode rows of a batch, each byte of keys and values read once?
+
+The keys of all (row, KV head) pairs are cut into blocks and laid end to end; each CTA takes an equal run of blocks
+(flash decoding, stream-K).  Where a run ends inside a pair, the pair is split: each part writes its weighted values
+and the logarithm of its sum, and a second kernel merges the parts.  Which CTA does what depends on the lengths only:
+plain XLA computes it once for all layers.  Nothing is atomic, so the same batch gives the same bits.
+
+A block's scores are taken as keys x queries, [block G'], so that the few query heads of a KV head (G, padded to a
+multiple of 8) fill the narrow side of wgmma: padding them to its 64 rows would cost 8 times the tensor core work and
+make a small share of the SMs compute bound.
+"""
+
+import dataclasses
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.paged_attention import mosaic_tiles as tiles
+from pallas_kernels.paged_attention.mosaic_tiles import Interpret
+
+CONSUMER, PRODUCER = 0, 1  # warpgroups
+
+
+class DecodeSchedule(typing.NamedTuple):
+    """Which blocks each CTA attends to, and which parts make up each (row, KV head) pair.
+
+    parts: [R*K + C, 4] int32, for each part its row, KV head, first block and number of blocks; parts of one CTA, and
+    parts of one pair, follow one another.  cu_parts_of_cta: [C+1].  cu_parts_of_pair: [R*K+1].  kv_lens: [R].
+    """
+
+    parts: Int32[Array, "parts 4"]
+    cu_parts_of_cta: Int32[Array, "C+1"]
+    cu_parts_of_pair: Int32[Array, "pairs+1"]
+    kv_lens: Int32[Array, "R"]
+
+
+def decode_schedule(
+    kv_lens: Int32[Array, "R"], num_decode: Int32[Array, ""], num_kv_heads: int, block: int, num_ctas: int
+) -> DecodeSchedule:
+    """Equal runs of blocks for all CTAs but the last ones; rows from `num_decode` on get none."""
+    num_rows = kv_lens.shape[0]
+    blocks = jnp.where(jnp.arange(num_rows) < num_decode, (kv_lens + block - 1) // block, 0)
+    blocks = jnp.broadcast_to(blocks[:, None], (num_rows, num_kv_heads)).reshape(-1)  # of each pair
+    end = jnp.cumsum(blocks)
+    start = end - blocks
+    run = jnp.maximum((end[-1] + num_ctas - 1) // num_ctas, 1)
+    first_cta = start // run
+    num_parts = jnp.where(blocks > 0, (end - 1) // run - first_cta + 1, 0)
+    cu_parts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(num_parts)])
+
+    part = jnp.arange(blocks.shape[0] + num_ctas)
+    pair = jnp.minimum(jnp.searchsorted(cu_parts[1:], part, side="right", method="scan_unrolled"), blocks.shape[0] - 1)
+    cta = first_cta[pair] + part - cu_parts[pair]
+    first = jnp.maximum(start[pair], cta * run)
+    last = jnp.minimum(end[pair], (cta + 1) * run)
+    parts = jnp.stack([pair // num_kv_heads, pair % num_kv_heads, first - start[pair], last - first], axis=1)
+
+    cta = jnp.where(part < cu_parts[-1], cta, num_ctas)
+    cu_parts_of_cta = jnp.searchsorted(cta, jnp.arange(num_ctas + 1), side="left", method="scan_unrolled")
+    as_int32 = functools.partial(jnp.asarray, dtype=jnp.int32)
+    return DecodeSchedule(as_int32(parts), as_int32(cu_parts_of_cta), as_int32(cu_parts), as_int32(kv_lens))
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeShape:
+    """What the kernels are compiled for.  `heads` is the padded G'; `num_stages` blocks are in flight."""
+
+    group: int
+    head_dim: int
+    page_size: int
+    num_kv_heads: int
+    block: int
+    num_stages: int
+    num_ctas: int
+    scale: float  # on the scores, times log2(e)
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a tile, G'."""
+        return -(-self.group // tiles.SUBLANES) * tiles.SUBLANES
+
+    @property
+    def pages_per_block(self) -> int:
+        """TMA copies for a block of keys."""
+        return self.block // self.page_size
+
+    def smem_bytes(self, dtype) -> int:
+        """Shared memory of the buffers, with a kilobyte for barriers and 2 KB in which warps reduce."""
+        rows = self.num_stages * (self.heads + 2 * self.block)
+        return (rows * self.head_dim + self.heads * self.block) * jnp.dtype(dtype).itemsize + 3072
+
+    def scratch(self, dtype) -> dict:
+        """Shared memory and barriers: rings of keys with their queries and of values, one block of weights."""
+        ring = functools.partial(plgpu.Barrier, num_barriers=self.num_stages)
+        return {
+            "q_smem": tiles.operand((self.num_stages, self.heads, self.head_dim), dtype),
+            "k_smem": tiles.operand((self.num_stages, self.block, self.head_dim), dtype),
+            "v_smem": tiles.operand((self.num_stages, self.block, self.head_dim), dtype),
+            "p_smem": tiles.operand((self.heads, self.block), dtype),
+            "k_full": ring(num_arrivals=self.pages_per_block + 1),
+            "v_full": ring(num_arrivals=self.pages_per_block),
+            "k_free": ring(num_arrivals=1),
+            "v_free": ring(num_arrivals=1),
+        }
+
+
+def attend_parts(shape: DecodeShape, first_of_layer: int, cta, refs, scratch, interpret: Interpret) -> None:
+    """What CTA `cta` of `shape.num_ctas` does, with two warpgroups: fetch the blocks of its parts and attend to them.
+
+    refs: q [R K G' h], k_pages, v_pages [L*N K p h], table [R P], the schedule's arrays, and the results acc
+    [parts h G'] (divided by their sums of weights) and lse [parts G'] (base 2), float32, all in global memory.
+    """
+    q, k_pages, v_pages, table, parts, cu_parts_of_cta, kv_lens, acc_out, lse_out = refs
+    s = scratch
+    block, heads = shape.block, shape.heads
+    first_part, end_part = cu_parts_of_cta[cta], cu_parts_of_cta[cta + 1]
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == PRODUCER)
+    def produce():
+        def part_body(part, step):
+            row, kv_head, first_block, num_blocks = (parts[part, i] for i in range(4))
+            pages_of_row = (kv_lens[row] + shape.page_size - 1) // shape.page_size
+            query = q.at[row, kv_head]
+
+            def block_body(i, step):
+                slot = lax.rem(step, jnp.int32(shape.num_stages))
+                first_page = (first_block + i) * shape.pages_per_block
+                num_pages = jnp.minimum(pages_of_row - first_page, shape.pages_per_block)
+                page_ids = tiles.page_ids_of(table, row, first_page, num_pages, first_of_layer, shape.pages_per_block)
+                for pages, ring, full, free in (
+                    (k_pages, s["k_smem"], s["k_full"], s["k_free"]),
+                    (v_pages, s["v_smem"], s["v_full"], s["v_free"]),
+                ):
+
+                    @pl.when(step >= shape.num_stages)
+                    def wait(free=free):
+                        plgpu.barrier_wait(free.at[slot])
+
+                    if pages is k_pages:  # the queries ride with each block of keys: no barriers of their own
+                        plgpu.copy_gmem_to_smem(query, s["q_smem"].at[slot], full.at[slot])
+                    tiles.fetch_pages(pages, kv_head, page_ids, num_pages, ring.at[slot], full.at[slot])
+                return step + 1
+
+            return lax.fori_loop(0, num_blocks, block_body, step)
+
+        step = lax.fori_loop(first_part, end_part, part_body, jnp.int32(0))
+        for slot in range(shape.num_stages):  # leave no phase unseen
+
+            @pl.when(slot < step)
+            def drain(slot=slot):
+                plgpu.barrier_wait(s["k_free"].at[slot])
+                plgpu.barrier_wait(s["v_free"].at[slot])
+
+    @pl.when(warpgroup == CONSUMER)
+    def consume():
+        def part_body(part, step):
+            row, first_block, num_blocks = (parts[part, i] for i in (0, 2, 3))
+            kv_len = kv_lens[row]
+
+            def block_body(i, state):
+                step, peak, total, acc = state
+                slot = lax.rem(step, jnp.int32(shape.num_stages))
+                num_valid = kv_len - (first_block + i) * block
+                plgpu.barrier_wait(s["k_full"].at[slot])
+                scores = tiles.matmul(s["k_smem"].at[slot], s["q_smem"].at[slot], interpret, transpose_b=True)
+                plgpu.barrier_arrive(s["k_free"].at[slot])
+                is_visible = tiles.iota((block, heads), 0, interpret) < num_valid
+                scores = jnp.where(is_visible, scores * shape.scale, tiles.MASKED)
+                new_peak = jnp.maximum(peak, jnp.max(scores, axis=0))
+                old = jnp.exp2(peak - new_peak)
+                weights = jnp.exp2(scores - tiles.spread(new_peak, scores.shape, 1))
+                total = total * tiles.spread(old, total.shape, 1) + weights
+                tiles.store_transposed(s["p_smem"], weights.astype(s["p_smem"].dtype), interpret)
+                plgpu.commit_smem()
+                plgpu.barrier_wait(s["v_full"].at[slot])
+                values = s["v_smem"].at[slot]
+
+                @pl.when(num_valid < block)
+                def clear():
+                    tiles.clear_beyond(values, num_valid, interpret, range(block))
+
+                product = tiles.matmul(values, s["p_smem"], interpret, transpose_a=True, transpose_b=True)
+                plgpu.barrier_arrive(s["v_free"].at[slot])
+                return step + 1, new_peak, total, acc * tiles.spread(old, acc.shape, 1) + product
+
+            column = jnp.full((heads,), tiles.MASKED, jnp.float32)
+            if interpret is None:
+                column = plgpu.layout_cast(column, plgpu.Layout.WGMMA.reduce(0))
+            total, acc = (
+                tiles.as_accumulator(jnp.zeros((m, heads), jnp.float32), interpret) for m in (block, shape.head_dim)
+            )
+            step, peak, total, acc = lax.fori_loop(0, num_blocks, block_body, (step, column, total, acc))
+            total = jnp.sum(total, axis=0)
+            acc_out[part] = acc / tiles.spread(total, acc.shape, 1)
+            lse_out[part] = peak + jnp.log2(total)
+            return step
+
+        lax.fori_loop(first_part, end_part, part_body, jnp.int32(0))
+
+
+def _merge_body(shape: DecodeShape, interpret: Interpret, cu_parts, acc_in, lse_in, out) -> None:
+    """CTA `pair`: the mean of its parts, weighted by their sums; zero if it has none."""
+    pair = lax.axis_index("pair")
+    heads, acc_shape = shape.heads, (shape.head_dim, shape.heads)
+
+    def add(part, state):
+        peak, total, acc = state
+        lse = tiles.load(lse_in, part, plgpu.Layout.WGMMA.reduce(0), interpret)
+        new = tiles.load(acc_in, part, plgpu.Layout.WGMMA, interpret)
+        new_peak = jnp.maximum(peak, lse)
+        old, weight = jnp.exp2(peak - new_peak), jnp.exp2(lse - new_peak)
+        acc = acc * tiles.spread(old, acc_shape, 1) + new * tiles.spread(weight, acc_shape, 1)
+        return new_peak, total * old + weight, acc
+
+    peak, total = (jnp.full((heads,), x, jnp.float32) for x in (tiles.MASKED, 0))
+    if interpret is None:
+        peak, total = (plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(0)) for x in (peak, total))
+    acc = tiles.as_accumulator(jnp.zeros(acc_shape, jnp.float32), interpret)
+    _, total, acc = lax.fori_loop(cu_parts[pair], cu_parts[pair + 1], add, (peak, total, acc))
+    out[pair] = acc / tiles.spread(jnp.maximum(total, jnp.float32(1e-30)), acc_shape, 1)
+
+
+def decode_attention(
+    q: Float[Array, "R H h"],
+    k_pages: Float[Array, "LN K p h"],
+    v_pages: Float[Array, "LN K p h"],
+    first_of_layer: int,
+    page_indices: Int32[Array, "R P"],
+    schedule: DecodeSchedule,
+    shape: DecodeShape,
+    *,
+    interpret: Interpret = None,
+) -> Float[Array, "R H h"]:
+    """Attention of one query token in each row over the row's pages; 0 for rows that the schedule leaves out.
+
+    Two kernels, `shape.num_ctas` CTAs and then one small CTA for each pair, and one pass over the queries; no nested
+    jit, so that it may run on a stream of its own.  `first_of_layer` is the layer's first page in the flat page axis.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    num_pairs = num_rows * shape.num_kv_heads
+    # A group's queries fill a tile of their own: Mosaic cannot tell whether a tile at any other row is aligned.
+    queries = q.reshape(num_rows, shape.num_kv_heads, shape.group, head_dim)
+    padding = [(0, 0, 0), (0, 0, 0), (0, shape.heads - shape.group, 0), (0, 0, 0)]
+    queries = lax.pad(queries, jnp.zeros((), q.dtype), padding)
+    num_parts = schedule.parts.shape[0]
+    scratch = shape.scratch(q.dtype)
+
+    def body(*refs):
+        inputs, buffers = refs[: -len(scratch)], refs[-len(scratch) :]
+        names = dict(zip(scratch, buffers, strict=True))
+        attend_parts(shape, first_of_layer, lax.axis_index("cta"), inputs, names, interpret)
+
+    acc, lse = tiles.kernel(
+        body,
+        interpret=interpret,
+        out_type=[
+            jax.ShapeDtypeStruct((num_parts, head_dim, shape.heads), jnp.float32),
+            jax.ShapeDtypeStruct((num_parts, shape.heads), jnp.float32),
+        ],
+        scratch_types=list(scratch.values()),
+        grid=(shape.num_ctas,),
+        grid_names=("cta",),
+        num_threads=2,
+        thread_name="warpgroup",
+    )(queries, k_pages, v_pages, page_indices, schedule.parts, schedule.cu_parts_of_cta, schedule.kv_lens)
+    out = tiles.kernel(
+        functools.partial(_merge_body, shape, interpret),
+        interpret=interpret,
+        out_type=jax.ShapeDtypeStruct((num_pairs, head_dim, shape.heads), jnp.float32),
+        grid=(num_pairs,),
+        grid_names=("pair",),
+    )(schedule.cu_parts_of_pair, acc, lse)
+    out = lax.slice_in_dim(out, 0, shape.group, axis=2)
+    return lax.transpose(out, (0, 2, 1)).reshape(num_rows, num_heads, head_dim).astype(q.dtype)

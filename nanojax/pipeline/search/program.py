@@ -51,8 +51,8 @@ def solve(
     result = optimize.milp(
         cost,
         integrality=np.array(program.integral, dtype=int),
-        bounds=optimize.Bounds(np.array(program.lower), np.array(program.upper)),
-        constraints=optimize.LinearConstraint(matrix, np.array(low), np.array(high)),
+        bounds=optimize.Bounds(program.lower, program.upper),  # pyright: ignore[reportArgumentType]
+        constraints=optimize.LinearConstraint(matrix, low, high),  # pyright: ignore[reportArgumentType]
         options={"node_limit": node_limit, "time_limit": max(time_limit_s, 0.1), "mip_rel_gap": LEAST_GAIN / 2},
     )
     if result.status == 2:

@@ -4,6 +4,7 @@ arXiv 2408.12757v2, section 4.1.  Every candidate is judged by the layer simulat
 candidates: the answer is never worse than any of them.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -163,8 +164,9 @@ def _stage2(
             report("stage II", best.layer_time_s, bound_s)
 
     report("stage II", best.layer_time_s, bound_s)
-    promising = _anticipated(problem, stage1.structures[:NUM_ANTICIPATED], remaining_s)
-    finalists = [improve(one, 1) for one in [*promising[:NUM_FINALISTS], best]]
+    two_each = [s for s in stage1.structures if max(collections.Counter(op for op, _ in s).values()) == 2]
+    promising = _anticipated(problem, two_each[:NUM_ANTICIPATED], remaining_s)
+    finalists = [improve(one, 1) for one in promising[:NUM_FINALISTS]]
     before_s = math.inf
     while best.layer_time_s < before_s * (1 - LEAST_GAIN):
         before_s = best.layer_time_s

@@ -5,7 +5,7 @@ Claim: a practical plan in about 10 minutes; a proven one takes the authors' sol
 Command: python -m experiments.auto_search --model=llama-2-70b --num_devices=8 --prompt_len=512 --output_len=1024
     [--hardware=h100 --profile=roofline | --profile=FILE.json --num_devices=1]
 Hardware: none.    Minutes: 2 at most (`--time_limit_s`).
-Expected: 70B as above: 2.307 ms per layer, 18 % less than no overlap and 5 % less than Figure 6's pipeline, the bound 5 % below; 8B
+Expected: 2.307 ms per layer for the above, 18 % less than no overlap, 5 % less than Figure 6's pipeline, 5 % above the bound.
 
 Stage I is solved to a proven optimum for each structure that is tried; stage II (shares) keeps its bound open.  The answer is
 the same each time unless the time limit cuts the search, which is then said.

@@ -48,7 +48,8 @@ class Step:
     def num_merged_matmuls(self) -> int:
         """Products of nano-operations that are not in the code as products of their own."""
         missing = collections.Counter(matmuls(self.model, self.pipeline, self.num_devices))
-        missing.subtract(dict(self.code.matmuls))
+        for shape, count in self.code.matmuls.items():
+            missing[shape] -= count
         return sum(max(count, 0) for count in missing.values())
 
 

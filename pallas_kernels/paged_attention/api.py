@@ -3,11 +3,11 @@
 import importlib.util
 import math
 
-import jax
 from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.device import platform
 from pallas_kernels.paged_attention import reference, triton_gpu, xla
+from pallas_kernels.triton_call import compute_capability
 
 
 def paged_attention(
@@ -116,8 +116,8 @@ def _why_not_mosaic_gpu(q, k_pages, v_pages) -> str | None:
     """What keeps `mosaic_gpu` from the call, None if nothing does."""
     if platform() != "gpu":
         return f"runs on 'gpu', not on {platform()!r}"
-    capability = getattr(jax.devices()[0], "compute_capability", "none")
-    if not str(capability).startswith("9."):
+    capability = compute_capability()
+    if capability is None or capability // 10 != 9:
         return f"is made of Hopper's wgmma, compute capability 9, which this GPU ({capability}) does not have"
     from pallas_kernels.paged_attention import mosaic_gpu
 

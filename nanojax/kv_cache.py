@@ -132,6 +132,6 @@ def write(
 
     def put(pages: Array, values: Float[Array, "t K h"]) -> Array:
         values = jax.lax.bitcast_convert_type(values.astype(kv.value_dtype), pages.dtype)
-        return pages.at[layer, page, :, offset].set(values, mode="drop")
+        return pages.at[layer, page, :, offset].set(values, mode="drop", unique_indices=True)
 
     return KVPages(k=put(kv.k, k), v=put(kv.v, v))

@@ -89,27 +89,50 @@ def test_a_step_writes_its_tokens_in_place_and_compiles_each_kernel_once():
     tokens = jax.ShapeDtypeStruct((MIXED.num_tokens,), jnp.int32)
     before = triton_call.compile_kernel.cache_info().misses
 
-    def step(kv, args, page, offset):
-        q = args["q"]
+    cache = args["k_pages"]
+
+    def step(k_pages, v_pages, args, page, offset):
+        q, kv = args["q"], kv_cache.KVPages(k=k_pages, v=v_pages)
         for layer in range(3):
             kv = kv_cache.write(kv, layer, q[:, :8], q[:, 8:16], page, offset)
             q = paged_attention(layer=layer, **{**args, "q": q, "k_pages": kv.k, "v_pages": kv.v})
-        return kv, q
+        return kv.k, kv.v, q
 
-    kv = kv_cache.KVPages(k=args.pop("k_pages"), v=args.pop("v_pages"))
-    code = compiled_code.compile_for(gpu, step, (kv, args, tokens, tokens), donate=[0])
-    assert code.alias_bytes == 2 * 2 * kv.k.size
-    assert kv.k.size > 2**31
-    assert code.copies_of(kv.k.shape) == 0
+    rest = {name: shape for name, shape in args.items() if name not in ("k_pages", "v_pages")}
+    code = compiled_code.compile_for(gpu, step, (cache, cache, rest, tokens, tokens), donate=[0, 1])
+    assert code.alias_bytes == 2 * 2 * cache.size
+    assert cache.size > 2**31
+    assert code.copies_of(cache.shape) == 0
     assert code.temp_bytes < 128e6
     assert code.graphs == ("kCommandBuffer",)
     assert triton_call.compile_kernel.cache_info().misses - before <= 3
     assert_fits(code)
-    # Scatter addresses beyond 2**31 elements: the index is scaled to bytes as a number of 64 bits, not widened from 32.
-    scatters = [kernel for kernel in code.kernels if "scatter" in kernel.name]
-    assert scatters
-    for kernel in scatters:
-        assert re.search(r"(mad\.lo|mul\.lo)\.s64|mul\.wide\.s32", kernel.ptx)
+
+
+@pytest.mark.parametrize("num_pages", [45_000, 300_000])
+def test_writes_reach_beyond_2_31_elements_without_atomics(num_pages):
+    layer, kv_heads, page_size, head_dim = 31, 8, 16, 128
+    pages = jax.ShapeDtypeStruct((32, num_pages, kv_heads, page_size, head_dim), jnp.bfloat16)
+    new, tokens = (
+        jax.ShapeDtypeStruct((2048, kv_heads, head_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2048,), jnp.int32),
+    )
+
+    def write(k_pages, v_pages, k, page, offset):
+        kv = kv_cache.write(kv_cache.KVPages(k=k_pages, v=v_pages), layer, k, k, page, offset)
+        return kv.k, kv.v
+
+    code = compiled_code.compile_for(
+        compiled_code.target("a100"), write, (pages, pages, new, tokens, tokens), donate=[0, 1]
+    )
+    assert code.alias_bytes == 2 * 2 * pages.size
+    assert code.copies_of(pages.shape) == code.temp_bytes == 0
+    (scatter,) = code.kernels
+    assert "atom." not in scatter.ptx
+    page_bytes = 2 * kv_heads * page_size * head_dim
+    assert f", {layer * num_pages * page_bytes};" in scatter.ptx, "where the layer begins, added in 64 bits"
+    if num_pages * page_bytes // 2 > 2**32:
+        assert re.search(rf"mul\.wide\.u32\s+%rd\d+, %r\d+, {page_bytes};", scatter.ptx), "32 bits times 32 bits are 64"
 
 
 def test_a_cap_on_programs_holds_for_every_kernel():
@@ -127,8 +150,8 @@ def test_attention_runs_beside_a_matmul_on_another_stream():
     w = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
 
     def pair(args, x, w):
-        attended = streams.launch(1, lambda args: paged_attention(layer=0, **args), args)
-        return jax.lax.optimization_barrier((attended, streams.launch(0, lambda x, w: x @ w, x, w)))
+        attended = streams.launch(1, lambda: paged_attention(layer=0, **args))
+        return jax.lax.optimization_barrier((attended, streams.launch(0, lambda: x @ w)))
 
     code = compiled_code.compile_for(gpu, pair, (shapes(SPECS["8b-decode-64x2k"], jnp.bfloat16), x, w))
     assert code.overlap.is_possible == code.overlap.is_there == (True, True)

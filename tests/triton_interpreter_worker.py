@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import triton_call
 from pallas_kernels.paged_attention import arg_specs, triton_gpu
 from pallas_kernels.paged_attention.arg_specs import ArgSpec, make_args
 from pallas_kernels.paged_attention.triton_gpu import Config
@@ -116,7 +115,7 @@ class Memory:
 
 
 def interpreted_call(far_bytes: int) -> Callable:
-    """Stands in for `triton_call.triton_call`.  Outputs start as NaN, so that each result must be written.
+    """Stands in for `triton_call`.  Outputs start as NaN, so that each result must be written.
 
     Caches (arrays of five axes) pretend to begin `far_bytes` earlier than they do.
     """
@@ -147,25 +146,43 @@ def run(case: Case) -> np.ndarray:
         skipped = (1 << 31) // page + 1
         args["page_indices"] = args["page_indices"] + skipped
         far_bytes = skipped * page * args["k_pages"].dtype.itemsize
-    triton_call.triton_call = interpreted_call(far_bytes)
+    triton_gpu.triton_call = interpreted_call(far_bytes)
     scale = 1 / math.sqrt(case.head_dim)
     return triton_gpu.paged_attention(layer=LAYER, sm_scale=scale, config=case.config, **args)
 
 
-def index_with_new_numpy() -> None:
-    """Mends Triton 3.6's interpreter: it makes loop bounds with int() of arrays of one axis, which numpy 2.4 refuses."""
+def mend_interpreter() -> None:
+    """Three things that Triton 3.6's interpreter does wrong.
+
+    Loop bounds are int() of arrays of one axis, which numpy 2.4 refuses; bfloat16 values, which it keeps as their bits, are
+    multiplied as integers; and float32 is cut off to bfloat16, where a GPU rounds to the nearest.
+    """
+    import triton.language as tl
     from triton.runtime import interpreter
 
-    original = interpreter._patch_lang_tensor
+    patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+    convert = interpreter._convert_float
 
-    def patch(tensor, scope):
-        original(tensor, scope)
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter._patch_lang_tensor = patch
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def rounded(x, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(x, source, target, mode)
+        return x.view(np.float32).astype(jnp.bfloat16).view(np.uint16)
+
+    interpreter._convert_float = rounded
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
 
 
 if __name__ == "__main__":
-    index_with_new_numpy()
-    triton_call.compute_capability, triton_call.core_count = lambda: 80, lambda: 2
+    mend_interpreter()
+    triton_gpu.compute_capability, triton_gpu.core_count = lambda: 80, lambda: 2
     np.savez(sys.argv[1], **{name: np.asarray(run(case), np.float32) for name, case in CASES.items()})

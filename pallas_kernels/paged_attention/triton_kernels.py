@@ -9,11 +9,14 @@ and takes every n-th item.  So the grid may have any size, down to one program. 
 Letters as in `api.py`, and G query heads for each KV head; scores are in units of log2, so that exp2 serves.
 """
 
+import typing  # Triton reads the functions' source: checks of types at run time must leave them as they are
+
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit
+@typing.no_type_check
 def _find(ends, item):
     """The row that an item belongs to and its number there; `ends` is the prefix sum of items of the rows."""
     row = tl.sum((ends <= item).to(tl.int32), 0)
@@ -21,6 +24,7 @@ def _find(ends, item):
 
 
 @triton.jit
+@typing.no_type_check
 def _cut_into_splits(kv_lens, num_decode, R: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                      MIN_SPLIT: tl.constexpr, EXTRA_SPLITS: tl.constexpr):  # fmt: skip
     """Tokens in a split, and the prefix sum of splits of the decode rows: at most R + EXTRA_SPLITS."""
@@ -33,6 +37,7 @@ def _cut_into_splits(kv_lens, num_decode, R: tl.constexpr, ROWS: tl.constexpr, B
 
 
 @triton.jit
+@typing.no_type_check
 def _pages(table, start, stop, PAGE: tl.constexpr, BLOCK: tl.constexpr):
     """The page of each token of a block; any for tokens from `stop` on."""
     tokens = start + tl.arange(0, BLOCK)
@@ -40,6 +45,7 @@ def _pages(table, start, stop, PAGE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+@typing.no_type_check
 def _attend_to_block(query, peak, total, acc, k_pages, v_pages, page, first_page, head, start, stop, num_visible,
                      K: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr,
                      MASKED: tl.constexpr):  # fmt: skip
@@ -70,6 +76,7 @@ def _attend_to_block(query, peak, total, acc, k_pages, v_pages, page, first_page
 
 
 @triton.jit
+@typing.no_type_check
 def decode(q, k_pages, v_pages, kv_lens, page_indices, num_decode, partial, lse, layer,
            N: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
            R: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr,
@@ -109,6 +116,7 @@ def decode(q, k_pages, v_pages, kv_lens, page_indices, num_decode, partial, lse,
 
 
 @triton.jit
+@typing.no_type_check
 def merge(kv_lens, cu_q_lens, num_decode, partial, lse, out,
           T: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
           BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr, EXTRA_SPLITS: tl.constexpr):  # fmt: skip
@@ -143,6 +151,7 @@ def merge(kv_lens, cu_q_lens, num_decode, partial, lse, out,
 
 
 @triton.jit
+@typing.no_type_check
 def prefill(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode, before, out, layer,
             N: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
             R: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr,

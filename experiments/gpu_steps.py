@@ -47,10 +47,8 @@ class Step:
     @property
     def num_merged_matmuls(self) -> int:
         """Products of nano-operations that are not in the code as products of their own."""
-        missing = collections.Counter(matmuls(self.model, self.pipeline, self.num_devices))
-        for shape, count in self.code.matmuls.items():
-            missing[shape] -= count
-        return sum(max(count, 0) for count in missing.values())
+        wanted = matmuls(self.model, self.pipeline, self.num_devices)
+        return sum(max(count - self.code.matmuls.get(shape, 0), 0) for shape, count in wanted.items())
 
 
 def compile_step(

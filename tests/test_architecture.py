@@ -17,6 +17,7 @@ RANKS = [
         "pallas_kernels.triton_call",
     ],
     ["pallas_kernels"],
+    ["pallas_kernels.overlap"],
     ["nanojax.config", "nanojax.hardware", "nanojax.models.layers"],
     [
         "nanojax.kv_cache",

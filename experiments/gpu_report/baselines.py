@@ -140,8 +140,8 @@ def _pallas_paged(q, k, v, kv_lens, table):
     num_pages, num_kv_heads, page_size, head_dim = k.shape
     pages = [x.reshape(num_kv_heads, num_pages, page_size, head_dim) for x in (k, v)]
     per_row = table.shape[1]
-    splits = next(n for n in (16, 8, 4, 3, 2, 1) if per_row % n == 0)
-    block = next(n for n in (8, 4, 3, 2, 1) if per_row // splits % n == 0)
+    splits = next(n for n in (16, 8, 4, 2, 1) if per_row % n == 0)
+    block = next(n for n in (8, 4, 2, 1) if per_row // splits % n == 0)
     scaled = (q * head_dim**-0.5).astype(q.dtype)
     return paged_attention(scaled, *pages, table, kv_lens, k_splits=splits, pages_per_compute_block=block)
 

@@ -15,6 +15,8 @@ from pallas_kernels.paged_attention import paged_attention
 # jax 0.11 gave the newer function the older one's name.
 _annotate: Callable[..., Any] = getattr(compute_on, "compute_on2", None) or compute_on.compute_on
 
+FORMS = ("sm_exclusive", "capped_grid")
+"""Forms of `pallas_kernels.overlap`, which loads slowly: only where it is used."""
 GPU_ATTENTION = ("mosaic_gpu", "triton", "xla")
 CPU_ATTENTION = ("reference",)
 
@@ -113,7 +115,7 @@ def _mosaic_decode(num_cores: int) -> Callable[[int], Callable[..., jax.Array]]:
 
     def in_layer(layer: int) -> Callable[..., jax.Array]:
         def attend(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode):
-            from pallas_kernels.overlap import decode, sm_exclusive  # pyright: ignore[reportAttributeAccessIssue]
+            from pallas_kernels.overlap import decode, sm_exclusive
 
             del cu_q_lens
             call = decode.prepare(
@@ -131,7 +133,7 @@ def pairs(is_smoke: bool) -> Mapping[str, Callable[[int, int], Callable[[int], C
     """Form -> (CTAs of the matmul, CTAs of attention -> (layer -> f(x, weight, q, ...) -> (product, attended)))."""
     if is_smoke:
         return {"two streams": _on_two_streams("reference")}
-    ours = {form: _overlap_form(form) for form in ("sm_exclusive", "capped_grid", "fused")}
+    ours = {form: _overlap_form(form) for form in FORMS}
     return {
         **ours,
         "capped mosaic | triton": _capped_and_triton,
@@ -145,10 +147,7 @@ def _overlap_form(form: str) -> Callable[[int, int], Callable[[int], Callable[..
     def pair(num_matmul_ctas: int, num_attention_ctas: int) -> Callable[[int], Callable[..., Any]]:
         def in_layer(layer: int) -> Callable[..., Any]:
             def run(x, weight, q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode):
-                from pallas_kernels.overlap import (  # pyright: ignore[reportAttributeAccessIssue]
-                    Split,
-                    matmul_and_decode_attention,  # pyright: ignore[reportAttributeAccessIssue]
-                )
+                from pallas_kernels.overlap import Split, matmul_and_decode_attention
 
                 del cu_q_lens
                 split = Split(num_matmul_ctas, num_attention_ctas)

@@ -1,0 +1,65 @@
+"""What does decode attention need beside a matrix product?  Its kernel's shape, inputs and schedule, for whichever form runs it."""
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.paged_attention import mosaic_gpu
+from pallas_kernels.paged_attention.mosaic_decode import DecodeSchedule, DecodeShape, decode_attention, decode_schedule
+
+BLOCK = 64  # keys: the rows of one wgmma
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """A call, ready to be put on CTAs.  `schedule` depends on lengths only, so XLA shares it among the layers of a step."""
+
+    shape: DecodeShape
+    first_page: int
+    inputs: tuple[Array, ...]
+    schedule: DecodeSchedule
+
+
+def why_not(q, k_pages, v_pages) -> str | None:
+    """What keeps the kernel from arrays of these shapes [R H h] and [L N K p h] and dtypes; None if nothing does."""
+    reason = mosaic_gpu.why_not(q, k_pages, v_pages)
+    if reason is None and BLOCK % k_pages.shape[3]:
+        reason = f"takes blocks of {BLOCK} keys, no multiple of page size {k_pages.shape[3]}"
+    return reason
+
+
+def smem_bytes(q, k_pages, num_stages: int) -> int:
+    """Shared memory of a CTA.  Raises ValueError where it is more than a CTA can have."""
+    config = mosaic_gpu.Config(BLOCK, num_stages, num_ctas=1)
+    return config.decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale=1.0).smem_bytes(q.dtype)
+
+
+def prepare(
+    q: Float[Array, "R H h"],
+    k_pages: Float[Array, "L N K p h"],
+    v_pages: Float[Array, "L N K p h"],
+    layer: int,
+    kv_lens: Int32[Array, "R"],
+    page_indices: Int32[Array, "R P"],
+    num_decode: Int32[Array, ""],
+    *,
+    sm_scale: float,
+    num_ctas: int,
+    num_stages: int,
+) -> Decode:
+    """The call for `num_ctas` CTAs that each have `num_stages` blocks of keys and values in flight."""
+    shape = mosaic_gpu.Config(BLOCK, num_stages, num_ctas).decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
+    num_layers, num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
+    flat = (num_layers * num_pages, num_kv_heads, page_size, head_dim)
+    schedule = decode_schedule(kv_lens, num_decode, num_kv_heads, shape.block, num_ctas)
+    inputs = (q, k_pages.reshape(flat), v_pages.reshape(flat), page_indices)
+    return Decode(shape, layer * num_pages, inputs, schedule)
+
+
+def attend(call: Decode, inputs: tuple[Array, ...], schedule: DecodeSchedule, interpret: Any) -> Float[Array, "R H h"]:
+    """Two kernels of its own: all CTAs, then the merge.  No nested jit: may run in a stream call."""
+    q, k_pages, v_pages, page_indices = inputs
+    return decode_attention(
+        q, k_pages, v_pages, call.first_page, page_indices, schedule, call.shape, interpret=interpret
+    )

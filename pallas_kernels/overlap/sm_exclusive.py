@@ -1,0 +1,44 @@
+"""How are multiprocessors divided without the driver's help?  Two kernels so fat that no two of their CTAs share one.
+
+As many CTAs in all as there are multiprocessors, each with more than half of one's shared memory: whichever kernel is
+launched first, each CTA finds a multiprocessor of its own, none waits and none moves.  Clusters would need their
+multiprocessors free at the same time, so there are none.
+"""
+
+from typing import Any
+
+from jaxtyping import Array
+
+from pallas_kernels.matmul.mosaic_gpu import Config
+from pallas_kernels.overlap import decode, two_streams
+from pallas_kernels.overlap.shares import Split
+
+SM_SMEM_BYTES, RESERVED_BYTES = 233_472, 1024  # of a Hopper multiprocessor; taken by each CTA beside its own
+ALONE_BYTES = SM_SMEM_BYTES // 2 - RESERVED_BYTES  # two CTAs of more than this do not fit one multiprocessor
+NUM_STAGES = 6
+"""Blocks of keys and values in flight: at head_dim 128 they fill 192 KB a multiprocessor; 4.8 TB/s x 0.8 us is 3.8 MB."""
+
+
+def num_stages(q, k_pages) -> int:
+    """Enough blocks in flight to fill more than half of a multiprocessor, for narrow heads more than `NUM_STAGES`."""
+    stages = NUM_STAGES
+    while decode.smem_bytes(q, k_pages, stages) <= ALONE_BYTES:
+        stages += 1
+    return stages
+
+
+def run(
+    operands: tuple[Array, ...],
+    attention: dict[str, Any],
+    split: Split,
+    *,
+    out_dtype: Any,
+    config: Config | None = None,
+    interpret: Any = None,
+) -> tuple[Array, Array]:
+    """The product and the attended heads; `attention` holds the arguments of `decode.prepare`."""
+    stages = num_stages(attention["q"], attention["k_pages"])
+    call = decode.prepare(**attention, num_ctas=split.attention, num_stages=stages)
+    return two_streams.run(
+        operands, call, num_ctas=split.matmul, out_dtype=out_dtype, config=config, interpret=interpret
+    )

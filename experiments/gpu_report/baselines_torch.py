@@ -85,7 +85,7 @@ def _attention(shape: tuple[int, ...], is_causal: bool, setting: Setting) -> lis
 
 
 def _flex(torch: Any, q: Any, layers: list, is_causal: bool) -> Callable[[], Any]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # pyright: ignore[reportMissingImports]
 
     compiled = torch.compile(flex_attention)
     mask = None
@@ -98,7 +98,7 @@ def _flex(torch: Any, q: Any, layers: list, is_causal: bool) -> Callable[[], Any
 def _transformers(setting: Setting) -> Row:
     """Tokens per second of transformers' own serving loop on a LLaMA-3-8B of random weights; requests of 512/512, all at once."""
     torch, device = _torch()
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     model = PRESETS["llama-3-8b"]
     layers = 1 if setting.is_smoke else model.num_layers
@@ -165,6 +165,6 @@ def _rates(flops: float, num_bytes: float, row: Row, setting: Setting) -> Row:
 
 
 def _torch() -> tuple[Any, str]:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     return torch, "cuda" if torch.cuda.is_available() else "cpu"

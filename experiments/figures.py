@@ -109,6 +109,7 @@ def grouped_bars(
                     axes.annotate(
                         text, (at, value), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom",
                         fontsize=8, rotation=90 if is_narrow else 0, color=_text_color(one.origin), linespacing=1.1,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},  # no line runs through a number
                     )  # fmt: skip
         top = highest * (1.4 if is_narrow else 1.16)
         for (label, value), style in zip((reference_lines or {}).items(), LINE_STYLES[1:], strict=False):

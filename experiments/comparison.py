@@ -70,7 +70,7 @@ def prediction_table(
     searched: Sequence[float | None],
 ) -> str:
     """A row per prediction with the published number and both pipelines' errors; below, the mean absolute errors."""
-    columns = {**names, "published": published}
+    columns: dict[str, Sequence] = {**names, "published": published}
     lines = []
     for label, rates in (("by hand", by_hand), ("searched", searched)):
         errors = [error_text(*pair) for pair in zip(rates, published, strict=True)]

@@ -39,9 +39,10 @@ def test_a_rung_that_loses_is_sequential_and_one_that_gains_is_split(profile):
     loaded = serving.load(values)
     chosen = rungs.choose(values, loaded.config)
     assert {budget: one.pipeline.name for budget, one in chosen.items()} == {16: "sequential", 64: "nano_batched"}
-    assert chosen[16].pipeline_s > chosen[16].sequential_s
-    assert chosen[64].pipeline_s < chosen[64].sequential_s
-    assert chosen[64].sequential_s == pytest.approx(4 * 10e-3, rel=0.5)  # attention has its own, fewer tokens
+    times = {budget: (one.sequential_s or 0.0, one.pipeline_s or 0.0) for budget, one in chosen.items()}
+    assert 0 < times[16][0] < times[16][1]
+    assert 0 < times[64][1] < times[64][0]
+    assert times[64][0] == pytest.approx(4 * 10e-3, rel=0.5)  # attention has its own, fewer tokens
     assert serving.describe(values, loaded)["pipeline_by_budget"]["16"]["pipeline"] == "sequential"
     lines = rungs.text(chosen).splitlines()
     assert lines[0].startswith("16 tokens: sequential (modelled layer ")
@@ -63,7 +64,7 @@ def test_without_the_switch_or_a_cost_model_the_pipeline_runs_everywhere(profile
         values = parsed(generate, "--pipeline=nano_batched", *arguments)
         chosen = rungs.choose(values, serving.load(values).config)
         assert {one.pipeline.name for one in chosen.values()} == {"nano_batched"}
-    assert "not modelled" in rungs.text(chosen)
+        assert ("not modelled" in rungs.text(chosen)) == (not arguments)
 
 
 def test_a_profile_of_another_model_is_refused(tmp_path):

@@ -1,10 +1,19 @@
 """How far is ours from the published number?  Errors, and tables of published, ours and error for a terminal."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-__all__ = ["error_percent", "error_text", "mean_absolute_error_percent", "text_table"]
+__all__ = [
+    "error_percent",
+    "error_text",
+    "mean_absolute_error_percent",
+    "prediction_table",
+    "text_table",
+    "wrong_orders",
+]
 
 
 def error_percent(ours: float | None, published: float | None) -> float | None:
@@ -28,6 +37,47 @@ def error_text(ours: float | None, published: float | None) -> str:
         return ""
     text = f"{error:+.1f}%" if abs(error) < 9.95 else f"{error:+.0f}%"
     return "0.0%" if text in ("+0.0%", "-0.0%") else text
+
+
+def wrong_orders(
+    groups: Sequence[str], ours: Mapping[str, Sequence[float]], published: Mapping[str, Sequence[float]]
+) -> list[str]:
+    """Pairs of series whose order in a group is not the published one: `512-0: Non-overlap faster than NanoFlow`.
+
+    Series that only `published` has count on both sides: what others measured is not predicted.
+    """
+    both = dict(published) | dict(ours)
+    found = []
+    for i, group in enumerate(groups):
+        for a, b in itertools.combinations(both, 2):
+            order, should_be = (_order(by[a][i], by[b][i]) for by in (both, published))
+            if (a in ours or b in ours) and order != should_be:
+                found.append(f"{group}: {a} {order} {b}")
+    return found
+
+
+def _order(a: float, b: float) -> str:
+    """As numbers; what rounding may have parted is one number."""
+    if math.isclose(a, b, rel_tol=1e-6):
+        return "as fast as"
+    return "faster than" if a > b else "slower than"
+
+
+def prediction_table(
+    names: Mapping[str, Sequence[str]],
+    published: Sequence[float],
+    by_hand: Sequence[float],
+    searched: Sequence[float | None],
+) -> str:
+    """A row per prediction with the published number and both pipelines' errors; below, the mean absolute errors."""
+    columns: dict[str, Sequence] = {**names, "published": published}
+    lines = []
+    for label, rates in (("by hand", by_hand), ("searched", searched)):
+        errors = [error_text(*pair) for pair in zip(rates, published, strict=True)]
+        columns |= {f"{label} (simulated)": rates, f"error, {label}": errors}
+        error = mean_absolute_error_percent(rates, published)
+        lines.append(f"mean absolute error, {label}: {error:.1f} %")
+    return "\n".join([text_table(columns), *lines])
 
 
 def text_table(columns: Mapping[str, Sequence]) -> str:

@@ -109,6 +109,7 @@ def grouped_bars(
                     axes.annotate(
                         text, (at, value), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom",
                         fontsize=8, rotation=90 if is_narrow else 0, color=_text_color(one.origin), linespacing=1.1,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},  # no line runs through a number
                     )  # fmt: skip
         top = highest * (1.4 if is_narrow else 1.16)
         for (label, value), style in zip((reference_lines or {}).items(), LINE_STYLES[1:], strict=False):
@@ -191,8 +192,8 @@ def line_chart(
     lines: Sequence[Line],
     path: str | os.PathLike[str],
     *,
-    x_label: str,
-    y_label: str,
+    x_label: str | Sequence[str],
+    y_label: str | Sequence[str],
     notes: Sequence[str] = (),
     horizontal: Mapping[str, float] | None = None,
     is_log: tuple[bool, bool] = (False, False),
@@ -200,6 +201,7 @@ def line_chart(
 ) -> pathlib.Path:
     """Lines in one panel, or side by side in one per `Line.panel`, in order of appearance.
 
+    x_label, y_label: of all panels, or one for each.
     horizontal: label -> value, dashed across.    is_log: of x and y.    y_max: top of the axis, if not what is needed.
     Raises ValueError without lines.
     """
@@ -210,7 +212,8 @@ def line_chart(
         rows_of_legend = max(sum(line.panel == panel for line in lines) for panel in panels) / (1 + (len(panels) == 1))
         height = 3.7 + 0.19 * rows_of_legend
         figure, all_axes = _figure(title, sources, notes, max(8.0, 4.6 * len(panels)), height, len(panels))
-        for axes, panel in zip(all_axes, panels, strict=True):
+        x_labels, y_labels = ([text] * len(panels) if isinstance(text, str) else text for text in (x_label, y_label))
+        for axes, panel, x_text, y_text in zip(all_axes, panels, x_labels, y_labels, strict=True):
             own = [line for line in lines if line.panel == panel]
             for line, (color, style, marker) in zip(own, _line_styles(own), strict=True):
                 axes.plot(
@@ -234,9 +237,9 @@ def line_chart(
                 axes.set_xlim(left=0)
             if not is_log[1]:
                 axes.set_ylim(0, y_max)
-                _label_y(axes, y_label)
-            axes.set_ylabel(y_label)
-            axes.set_xlabel(x_label)
+                _label_y(axes, y_text)
+            axes.set_ylabel(y_text)
+            axes.set_xlabel(x_text)
             axes.set_title(panel, fontsize=11, loc="left", fontweight="bold")
             axes.legend(
                 loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize=8.5, ncols=2 if len(panels) == 1 else 1

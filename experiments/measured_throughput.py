@@ -26,6 +26,7 @@ DEFAULTS = {
     "num_slots": 16,
     "num_pages": 256,
     "max_len": 640,
+    "switch": False,  # each pipeline is to be measured, where it loses too
 }
 SMOKE = {"model": serving_flags.SMOKE_MODEL, "num_requests": 4, "cache_dir": ""}
 

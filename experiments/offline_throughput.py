@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import breakdown, plots, serving, serving_flags, summary
+from experiments import breakdown, plots, rungs, serving, serving_flags, summary
 from experiments.record import make_record, write_record
 from experiments.sweep import sweep_series
 from nanojax import hardware
@@ -102,6 +102,7 @@ def _serve(values: flags.FlagValues, models: dict[tuple, LoadedModel]) -> Run:
     compile_s = time.perf_counter() - start_s
     print(f"{loaded.config.name}: {loaded.config.num_params / 1e6:,.1f} M parameters, {values.dtype}; ", end="")
     print(f"loaded in {load_s:.1f} s, compiled in {compile_s:.1f} s", flush=True)
+    print(rungs.text(rungs.choose(values, loaded.config)), end="", flush=True)
     first: dict[str, float] = {}
 
     def on_first_token() -> None:

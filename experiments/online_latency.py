@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import plots, serving, serving_flags, summary
+from experiments import plots, rungs, serving, serving_flags, summary
 from experiments.record import make_record, write_record
 from nanojax.metrics import summarize
 from nanojax.serve import Engine
@@ -62,6 +62,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
             engine.check(request)
     print(f"{loaded.config.name}: compiling ...", flush=True)
     engine.warm_up()
+    print(rungs.text(rungs.choose(values, loaded.config)), end="", flush=True)
     rows = []
     for setting, requests in zip(settings, runs, strict=True):
         last_s = max(request.arrival_s for request in requests)

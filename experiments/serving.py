@@ -1,10 +1,7 @@
 """What do the flags stand for?  Model, policy, engine and requests, made from flag values; nothing runs here."""
 
 import dataclasses
-import functools
-import math
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,16 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import serving_flags
+from experiments import rungs, serving_flags
 from experiments.prompts import load_prompts
 from nanojax import scheduler, workload
 from nanojax.admission import make_forecast
 from nanojax.config import PRESETS, EngineConfig, ModelConfig
 from nanojax.models import decoder
 from nanojax.pipeline.ir import Pipeline
-from nanojax.pipeline.json_format import from_json
-from nanojax.pipeline.ladder import choose_per_rung
-from nanojax.pipeline.library import PIPELINES, sequential
 from nanojax.scheduler import Batching, PhaseOrder, Policy
 from nanojax.serve import Driver, Engine
 from nanojax.weights import LoadedModel, Tokenizer, load_model
@@ -95,33 +89,15 @@ def engine(values: flags.FlagValues, loaded: LoadedModel) -> Engine:
         driver=Driver(values.driver),
         attention=values.attention,
         pipelines=pipelines(values, loaded),
-        use_streams=jax.default_backend() == "gpu" if values.streams is None else values.streams,
+        use_streams=rungs.uses_streams(values),
         kv_dtype=kv_dtype(values),
         check_invariants=values.check_invariants,
     )
 
 
-def pipelines(
-    values: flags.FlagValues, loaded: LoadedModel, gain: Callable[[Pipeline], float] = lambda pipeline: math.inf
-) -> dict[int, Pipeline]:
-    """The pipeline of each rung that has one: `--pipeline` at all token budgets, a file's at the one that it is for.
-
-    `gain` decides, as in `choose_per_rung`, where `sequential` takes its place; nowhere if it is not given.
-    Raises ValueError for a file that cannot be read or that is for no budget of the ladder.
-    """
-    budgets, is_moe = engine_config(values, loaded).token_budgets, loaded.config.num_experts > 0
-    plain = functools.partial(sequential, is_moe=is_moe)
-    if values.pipeline is None:
-        return {}
-    if values.pipeline in PIPELINES:
-        make = PIPELINES[values.pipeline]
-        return choose_per_rung(lambda budget: make(budget, is_moe, 1), budgets, gain, make_sequential=plain)
-    pipeline = from_json(pathlib.Path(values.pipeline).read_text())
-    if pipeline.num_tokens not in budgets:
-        raise ValueError(
-            f"pipeline {pipeline.name!r} is for {pipeline.num_tokens} tokens, which is none of token_budgets={budgets}"
-        )
-    return choose_per_rung(lambda _: pipeline, [pipeline.num_tokens], gain, make_sequential=plain)
+def pipelines(values: flags.FlagValues, loaded: LoadedModel) -> dict[int, Pipeline]:
+    """The pipeline of each token budget that has one.  Raises ValueError as `rungs.choose` does."""
+    return {budget: rung.pipeline for budget, rung in rungs.choose(values, loaded.config).items()}
 
 
 def work(values: flags.FlagValues, loaded: LoadedModel, num_requests: int) -> Work:
@@ -157,7 +133,8 @@ def describe(values: flags.FlagValues, loaded: LoadedModel) -> dict[str, Any]:
         "num_params": loaded.config.num_params,
         "kv_dtype": values.kv_dtype or values.dtype,
     }
-    return {**shown, **capacities, **model}
+    chosen = rungs.described(rungs.choose(values, loaded.config))
+    return {**shown, **capacities, **model, **({"pipeline_by_budget": chosen} if chosen else {})}
 
 
 def _prompts(values: flags.FlagValues, loaded: LoadedModel, num_requests: int, sampling: SamplingParams) -> Work:

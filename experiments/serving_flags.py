@@ -56,7 +56,12 @@ def define(values: flags.FlagValues) -> None:
     enum(
         "attention", None, ["numba", "reference", "triton", "xla"], "Implementation; the platform's best if not given."
     )
-    text("pipeline", None, f"{', '.join(PIPELINES)}, or a JSON file for the budget it names; none if not given.")
+    text(
+        "pipeline", None,
+        f"{', '.join(PIPELINES)}: on all token budgets; or a JSON file: only on the budget that equals its num_tokens.",
+    )  # fmt: skip
+    flag("switch", True, "Run sequential on the budgets where the cost model says that the pipeline loses.")
+    text("op_profile", None, "That cost model: a file of experiments.profile_ops; else the roofline of a known GPU.")
     flag("streams", None, "Run the pipeline on the GPU streams that it names; so on a GPU if not given.")
     count("expected_output_len", None, "Mean output in tokens, until one is known.")
 
@@ -76,6 +81,7 @@ def define(values: flags.FlagValues) -> None:
         ("token_budgets", lambda text: _ladder(text) is not None, "must be ascending positive integers: 16,64,256"),
         ("weights", _is_weights, f"must be a file or folder that exists, or {RANDOM_WEIGHTS!r}"),
         ("pipeline", _is_pipeline, f"must be one of {', '.join(PIPELINES)}, or a file that exists"),
+        ("op_profile", lambda text: text is None or pathlib.Path(text).is_file(), "must be a file that exists"),
     ):
         flags.register_validator(name, is_good, rule, flag_values=values)
 

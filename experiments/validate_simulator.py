@@ -190,11 +190,11 @@ def draw(record: dict[str, Any], clocked: dict[str, Any], path: pathlib.Path) ->
     ]
     return figures.line_chart(
         f"Simulator against engine: {config['model']}, {config['dtype']}", sources, lines, path,
-        x_label="left: time (s), right: requests (%)", y_label="", notes=notes,
+        x_label=("time (s)", "requests (%), the fastest first"), y_label=("tokens", "s / token"), notes=notes,
     )  # fmt: skip
 
 
-PANELS = ("offline: tokens computed", "online: normalized latency (s / token)")
+PANELS = ("offline: tokens computed", "online: normalized latency")
 
 
 def _served(engine: Engine, requests: Sequence[Request]) -> Served:

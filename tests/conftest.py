@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CHECKOUT / ".cache" / "ja
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import pytest  # noqa: E402  (JAX reads the environment when it is imported)
+from jaxtyping import config  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,11 @@ def shared_data() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip("needs ../shared/data, which is not part of this repository")
     return path
+
+
+@pytest.fixture
+def unchecked():
+    """Type checks of each call would take most of the time here: thousands of simulations."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

@@ -5,7 +5,18 @@ import json
 import pytest
 from absl import flags
 
-from experiments import fig07_offline_throughput, fig08_online_latency, fig09_ablation, fig11_models, reproduce
+from experiments import (
+    comparison,
+    fig07_offline_throughput,
+    fig08_online_latency,
+    fig09_ablation,
+    fig11_models,
+    reproduce,
+    searched,
+    throughput_prediction,
+)
+from experiments.record import read_record
+from nanojax.pipeline.validate import validate
 
 
 def parsed(experiment, *arguments):
@@ -31,6 +42,46 @@ def test_fig09_overlap_beats_no_overlap_where_requests_decode(tmp_path):
             metrics[f"tokens_per_s_per_gpu_{name}_{lengths}"] for name in ("NanoFlow", "Non-overlap", "Nanobatch-only")
         )
         assert overlap > plain >= split * (1 - 1e-9)
+
+
+def test_fig09_is_in_the_published_order_with_the_searched_pipelines(tmp_path):
+    """But for splitting alone, which Table 2 makes too cheap."""
+    metrics = fig09_ablation.run(parsed(fig09_ablation, f"--out={tmp_path}"))["metrics"]
+    for lengths in ("512-0", "512-512", "1024-512", "512-1024"):
+        found, plain = (
+            metrics[f"tokens_per_s_per_gpu_{name}_{lengths}"] for name in ("NanoFlow-searched", "Non-overlap")
+        )
+        assert found > plain
+    assert metrics["searched_num_wrong_orders"] < metrics["num_wrong_orders"]
+    assert metrics["released_mean_absolute_error_percent_Nanobatch-only"] < 8
+    assert (tmp_path / "fig09_ablation-released.png").exists()
+
+
+@pytest.mark.parametrize("folder", sorted(searched.FOLDER.iterdir()), ids=lambda folder: folder.name)
+def test_a_committed_pipeline_is_valid_and_as_fast_as_its_record_says(folder):
+    record = read_record(folder / "auto_search.json")
+    config = record["config"]
+    name = f"{config['model']}-{config['prompt_len']}-{config['output_len']}"
+    assert (record["origin"], folder.name) == ("simulated", name)
+    assert (config["profile"], config["interference"], config["is_complete"]) == ("table2", "paper_and_text", True)
+    assert "python -m experiments.auto_search --model=" + config["model"] in record["command"]
+    pipeline = searched.pipeline(config["model"], config["prompt_len"], config["output_len"])
+    validate(pipeline, num_devices=config["num_devices"])
+    found = throughput_prediction.predict(
+        config["model"],
+        config["num_devices"],
+        pipeline,
+        config["prompt_len"],
+        config["output_len"],
+        parsed(fig11_models),
+    )
+    assert found.layer_time_s == pytest.approx(record["metrics"]["layer_time_s"], rel=1e-9)
+
+
+def test_an_order_is_wrong_if_it_is_not_the_published_one():
+    published = {"a": [3.0, 3.0], "b": [2.0, 2.0], "other": [1.0, 2.5]}
+    ours = {"a": [5.0, 2.2], "b": [4.0, 2.2 + 1e-9]}
+    assert comparison.wrong_orders(["x", "y"], ours, published) == ["y: a as fast as b", "y: a slower than other"]
 
 
 def test_fig11_stays_below_each_optimum(tmp_path):

@@ -8,7 +8,6 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import config
 
 from nanojax.config import PRESETS
 from nanojax.hardware import PAPER_TABLE_1
@@ -28,14 +27,6 @@ from nanojax.pipeline.search.structure import arranged, data_flow, nano_batched,
 from nanojax.pipeline.validate import validate
 
 LIVE = (OpKind.KQV, OpKind.DEC_ATTN, OpKind.UG)
-
-
-@pytest.fixture
-def unchecked():
-    """Type checks of each call would take most of the time here: thousands of simulations."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
 
 
 def toy(seconds, interference=NO_INTERFERENCE):

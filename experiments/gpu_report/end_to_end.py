@@ -94,6 +94,7 @@ def flag_values(point: Point, model: str, found: steady_state.Plan, setting: Set
         "model": model, "weights": serving_flags.RANDOM_WEIGHTS, "driver": point.driver, "seed": setting.seed,
         "token_budgets": found.token_budget, "page_size": page_size, "num_pages": found.num_pages,
         "num_slots": found.num_slots, "max_len": found.max_len, "cache_dir": "",
+        "switch": "false",  # what a pipeline does is to be measured, where the cost model says that it loses too
     }  # fmt: skip
     if point.pipeline is not None:
         file = setting.out / point.pipeline

@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterable
 from nanojax.pipeline.ir import Pipeline
 from nanojax.pipeline.library import sequential
 
+ROUNDING = 1e-9
+"""Gains this near to 1 are none: a split that costs nothing comes out of a simulation with rounding errors."""
+
 
 def choose_per_rung(
     make: Callable[[int], Pipeline],
@@ -20,5 +23,6 @@ def choose_per_rung(
     """
     candidates = {budget: make(budget) for budget in budgets}
     return {
-        budget: pipeline if gain(pipeline) > 1 else make_sequential(budget) for budget, pipeline in candidates.items()
+        budget: pipeline if gain(pipeline) > 1 + ROUNDING else make_sequential(budget)
+        for budget, pipeline in candidates.items()
     }

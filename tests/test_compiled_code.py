@@ -41,7 +41,7 @@ def test_a_plan_is_read_as_xla_writes_it():
         ("computation_stream[1]", 1, 5), ("computation_stream[2]", 3, 8), ("computation_stream[2]", 6, 9),
     ]  # fmt: skip
     assert [thunk.kind for thunk in found[0].thunks] == ["kCublasLtMatmul"]
-    assert thunk_plan.overlapped(found) == (True, True, False), "two of one stream do not overlap"
+    assert thunk_plan.beside(found) == ((1,), (0,), ()), "two of one stream do not overlap"
     with pytest.raises(ValueError, match="no thunks"):
         thunk_plan.parse("condition:\n")
 

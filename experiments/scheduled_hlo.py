@@ -1,7 +1,8 @@
 """Which operations does a scheduled program start beside others, on what do they wait, and what runs them?  XLA's text, read.
 
 XLA prints one instruction a line, in the order in which they are launched.  What runs beside the main stream is a pair of
-instructions, `*-start` and `*-done`: calls on other streams, collectives, copies.
+instructions, `*-start` and `*-done`: calls on other streams, collectives, copies.  A collective for which XLA found nothing
+to run between the two is launched on the main stream: in jax 0.11 one instruction, in 0.10 a pair as well.
 """
 
 import dataclasses
@@ -20,9 +21,9 @@ NOTHING_TO_RUN = ("AllocateBuffer", "ShardBarrierFrom", "ShardBarrierTo", "annot
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """An operation that is started and waited for.
+    """An operation that is started and waited for, or a collective.
 
-    kind: the instruction, as `call-start`, `all-reduce-start`.    label: of the pipeline's operation, as `O.AG`, else the kind.
+    kind: the instruction, as `call-start`, `all-reduce`.    label: of the pipeline's operation, as `O.AG`, else the kind.
     layer: its index, None outside of the layers.    path: what runs it, as `cuBLASLt`.
     needs: bit i is set where it needs the result of start i.
     """
@@ -35,7 +36,7 @@ class Start:
 
 
 def starts(hlo: str) -> tuple[Start, ...]:
-    """The starts of the entry computation, in the order of their launch; tuples are looked through."""
+    """The starts and collectives of the entry computation, in the order of their launch; tuples are looked through."""
     paths = _paths(hlo)
     found: list[Start] = []
     reached: dict[str, int] = {}  # instruction -> starts that it needs
@@ -53,7 +54,7 @@ def starts(hlo: str) -> tuple[Start, ...]:
         if element and operands[0] in parts:
             operands = [parts[operands[0]][int(element[1])]]
         needs = functools.reduce(int.__or__, (reached.get(operand, 0) for operand in operands), 0)
-        kind = re.search(r" ([\w-]+-start)\(", body)
+        kind = re.search(rf" ([\w-]+-start|{'|'.join(COLLECTIVES)})\(", body)
         if kind is None:
             reached[name] = needs
             continue

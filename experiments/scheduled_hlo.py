@@ -90,11 +90,9 @@ def _default_path(kind: str) -> str:
 
 
 def _libraries(text: str) -> list[str]:
-    targets = re.findall(r'custom_call_target="([^"]+)"', text)
-    has_collectives = re.search(rf" (?:{'|'.join(COLLECTIVES)})(?:-start)?\(", text)
-    return ["NCCL"] * bool(has_collectives) + [
-        LIBRARIES.get(target, target) for target in targets if target not in NOTHING_TO_RUN
-    ]
+    targets: list[str] = re.findall(r'custom_call_target="([^"]+)"', text)
+    found = [LIBRARIES.get(target, target) for target in targets if target not in NOTHING_TO_RUN]
+    return ["NCCL", *found] if re.search(rf" (?:{'|'.join(COLLECTIVES)})(?:-start)?\(", text) else found
 
 
 def _paths(hlo: str) -> Mapping[str, frozenset[str]]:

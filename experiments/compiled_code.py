@@ -18,8 +18,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import kernel_resources, thunk_plan
+from experiments import kernel_resources, scheduled_hlo, thunk_plan
 from experiments.kernel_resources import Kernel
+from experiments.scheduled_hlo import Start
 from experiments.thunk_plan import Region, Thunk
 from nanojax import hardware
 from nanojax.pipeline.compiler_options import gpu_options
@@ -116,9 +117,9 @@ class CompiledCode:
         """Device memory while it runs."""
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
 
-    @property
+    @functools.cached_property
     def regions(self) -> tuple[Region, ...]:
-        """Async regions at the top of the plan: stream calls, collectives, copies."""
+        """What is started and waited for at the top of the plan: stream calls, copies, collectives, these on any stream."""
         return thunk_plan.regions(self.plan)
 
     @property
@@ -128,22 +129,12 @@ class CompiledCode:
 
     @functools.cached_property
     def overlap(self) -> "Overlap":
-        """Which regions run beside others, and which could."""
-        found = self.regions
-        needs = _ancestors(self.hlo)
-        names = [name for name in needs if name in _starts(self.hlo)]
-        if len(names) != len(found):
-            raise ValueError(f"{len(names)} async starts in the HLO, {len(found)} in the plan")
-        free = [
-            any(
-                found[i].stream != found[j].stream
-                and names[i] not in needs[names[j]]
-                and names[j] not in needs[names[i]]
-                for j in range(len(found))
-            )
-            for i in range(len(found))
-        ]
-        return Overlap(tuple(free), thunk_plan.overlapped(found))
+        """Which regions run beside others, and which could.  Raises ValueError where plan and HLO do not tell the same."""
+        found, starts = self.regions, scheduled_hlo.starts(self.hlo)
+        kinds = [(region.collective, start.path == "NCCL") for region, start in zip(found, starts, strict=False)]
+        if len(starts) != len(found) or any((collective is not None) != is_nccl for collective, is_nccl in kinds):
+            raise ValueError(f"{len(starts)} starts in the HLO, {len(found)} in the plan, or not in the same order")
+        return Overlap(found, starts)
 
     def copies_of(self, shape: Sequence[int]) -> int:
         """Copies of an array of that shape, whatever its layout, and of any reshape that keeps the last three axes."""
@@ -162,10 +153,37 @@ class CompiledCode:
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """For each region: whether an independent one of another stream exists, and whether one is under way beside it."""
+    """The regions of a plan and, in the same order, what the HLO says of them."""
 
-    is_possible: tuple[bool, ...]
-    is_there: tuple[bool, ...]
+    regions: tuple[Region, ...]
+    starts: tuple[Start, ...]
+
+    @functools.cached_property
+    def is_possible(self) -> tuple[bool, ...]:
+        """For each region whether an independent one of another stream exists."""
+        num = len(self.starts)
+        after = [0] * num  # bit j of i: start j needs start i
+        for j, start in enumerate(self.starts):
+            for i in range(num):
+                after[i] |= (start.needs >> i & 1) << j
+        on_stream: dict[str, int] = collections.defaultdict(int)
+        for i, region in enumerate(self.regions):
+            on_stream[region.stream] |= 1 << i
+        everything = (1 << num) - 1
+        return tuple(
+            bool(everything & ~(start.needs | after[i] | on_stream[region.stream]))
+            for i, (start, region) in enumerate(zip(self.starts, self.regions, strict=True))
+        )
+
+    @functools.cached_property
+    def beside(self) -> tuple[tuple[int, ...], ...]:
+        """For each region those of other streams that are under way at the same time, by index."""
+        return thunk_plan.beside(self.regions)
+
+    @property
+    def is_there(self) -> tuple[bool, ...]:
+        """For each region whether one of another stream is under way at the same time."""
+        return tuple(map(bool, self.beside))
 
     @property
     def fraction(self) -> float:
@@ -221,34 +239,3 @@ def compile_for(
 def _read(dump: pathlib.Path, suffix: str) -> str:
     """The dump of the largest module that ends so; XLA compiles small helpers too."""
     return max((path.read_text() for path in dump.glob(f"*.{suffix}")), key=len, default="")
-
-
-def _starts(hlo: str) -> dict[str, str]:
-    """Async starts of the entry computation: name -> operation."""
-    return dict(re.findall(r"^  (?:ROOT )?%([\w.-]+) = .*? ([\w-]+-start)\(", _entry(hlo), re.MULTILINE))
-
-
-def _entry(hlo: str) -> str:
-    return hlo[hlo.index("\nENTRY ") :].split("\n}", 1)[0]
-
-
-def _ancestors(hlo: str) -> dict[str, frozenset[str]]:
-    """What each async start of the entry computation needs, by way of any instructions; tuples are looked through."""
-    starts = _starts(hlo)
-    needs: dict[str, frozenset[str]] = {}
-    parts: dict[str, list[str]] = {}
-    for line in _entry(hlo).splitlines():
-        match = re.match(r"  (?:ROOT )?%([\w.-]+) = (.*)", line)
-        if match is None:
-            continue
-        name, rest = match.groups()
-        rest = rest.split(", metadata=")[0].split(", calls=")[0]
-        operands = re.findall(r"%([\w.-]+)", re.sub(r"control-predecessors=\{[^}]*\}", "", rest))
-        element = re.search(r"get-tuple-element\(.*\), index=(\d+)", rest)
-        if re.search(r"\) tuple\(", rest):
-            parts[name] = operands
-        if element and operands[0] in parts:
-            operands = [parts[operands[0]][int(element[1])]]
-        direct = {operand for operand in operands if operand in starts}
-        needs[name] = frozenset(direct).union(*(needs.get(operand, frozenset()) for operand in operands))
-    return {name: needs[name] for name in needs}

@@ -64,13 +64,13 @@ def compile_step(
 ) -> Step:
     """`engine.step` on batches of the pipeline's size, weights and pages bfloat16, on the streams that the pipeline names.
 
-    kv_bytes: of the pages, on all devices together.    attention: as in `execute.forward`.
+    kv_bytes: of the pages, on all devices together, or a page more.    attention: as in `execute.forward`.
     one_graph: as in `gpu_options`.
     """
     page_size = 16
     config = EngineConfig(
         token_budgets=(pipeline.num_tokens,), num_slots=num_slots, page_size=page_size, max_len=2048,
-        num_pages=int(kv_bytes / (2 * model.kv_values_per_token * page_size)),
+        num_pages=math.ceil(kv_bytes / (2 * model.kv_values_per_token * page_size)),
     )  # fmt: skip
     mesh = gpu.mesh(num_devices)
     params: Any = decoder.abstract_params(model, jnp.bfloat16)

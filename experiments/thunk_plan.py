@@ -2,6 +2,8 @@
 
 XLA writes the plan as text, one thunk a line, nested ones indented.  The host walks it from top to bottom: an async region
 starts on its stream when the main stream has come that far, and the main stream waits for it where the region is done.
+A collective that has nothing else of the main stream to run beside it is launched on the main stream itself; regions that
+were started before it and are not done run on beside it.
 """
 
 import dataclasses
@@ -9,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 MAIN = "main"
+COLLECTIVES = ("kAllGather", "kAllReduce", "kReduceScatter", "kAllToAll", "kCollectivePermute")
 _THUNK = re.compile(r"(?P<indent>\s*)(?P<id>\d+): (?P<kind>k\w+)\s*(?:\[.*?\])?\s*(?P<rest>.*)")
 _KERNEL = re.compile(r"(\S+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+) bytes")
 
@@ -35,12 +38,17 @@ class Thunk:
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """What runs beside the main stream: on `stream`, from the thunk at `start` to the one at `done` (places in the plan)."""
+    """What is on its way on `stream` from the thunk at `start` to the one at `done` (places in the plan)."""
 
     stream: str
     start: int
     done: int
     thunks: tuple[Thunk, ...]
+
+    @property
+    def collective(self) -> str | None:
+        """The collective that this is, None if it is none."""
+        return next((thunk.kind for thunk in self.thunks if thunk.kind in COLLECTIVES), None)
 
     def meets(self, other: "Region") -> bool:
         """Whether both are under way at the same time, on different streams."""
@@ -74,19 +82,21 @@ def parse(text: str) -> tuple[Thunk, ...]:
 
 
 def regions(thunks: Sequence[Thunk]) -> tuple[Region, ...]:
-    """The async regions, in the order of their starts."""
+    """The async regions at the top of the plan and the collectives on the main stream, in the order of their starts."""
     done = {thunk.region: i for i, thunk in enumerate(thunks) if thunk.kind == "kAsyncDone"}
     found = []
     for i, thunk in enumerate(thunks):
-        if thunk.kind == "kAsyncStart":
+        if thunk.depth == 0 and thunk.kind == "kAsyncStart":
             end = next((j for j in range(i + 1, len(thunks)) if thunks[j].depth <= thunk.depth), len(thunks))
             found.append(Region(thunk.stream or MAIN, i, done[thunk.region], tuple(thunks[i + 1 : end])))
+        elif thunk.depth == 0 and thunk.kind in COLLECTIVES:
+            found.append(Region(MAIN, i, i + 1, (thunk,)))
     return tuple(found)
 
 
-def overlapped(found: Sequence[Region]) -> tuple[bool, ...]:
-    """For each region whether another stream's region is under way at the same time."""
-    return tuple(any(region.meets(other) for other in found) for region in found)
+def beside(found: Sequence[Region]) -> tuple[tuple[int, ...], ...]:
+    """For each region those of other streams that are under way at the same time, by index."""
+    return tuple(tuple(j for j, other in enumerate(found) if region.meets(other)) for region in found)
 
 
 def graphs(thunks: Sequence[Thunk]) -> tuple[str, ...]:

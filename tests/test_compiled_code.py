@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import compiled_code, gpu_steps, kernel_resources, thunk_plan
+from experiments import compiled_code, gpu_steps, kernel_resources, scheduled_hlo, thunk_plan
 from nanojax.config import PRESETS
 from nanojax.pipeline import library, streams
 
@@ -41,9 +41,63 @@ def test_a_plan_is_read_as_xla_writes_it():
         ("computation_stream[1]", 1, 5), ("computation_stream[2]", 3, 8), ("computation_stream[2]", 6, 9),
     ]  # fmt: skip
     assert [thunk.kind for thunk in found[0].thunks] == ["kCublasLtMatmul"]
-    assert thunk_plan.overlapped(found) == (True, True, False), "two of one stream do not overlap"
+    assert thunk_plan.beside(found) == ((1,), (0,), ()), "two of one stream do not overlap"
     with pytest.raises(ValueError, match="no thunks"):
         thunk_plan.parse("condition:\n")
+
+
+HLO = """\
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%product (x: f32[8,8]) -> f32[8,8] {
+  ROOT %cublas = (f32[8,8]) custom-call(%x), custom_call_target="__cublas$lt$matmul"
+}
+
+%loop (x: f32[8,8]) -> f32[8,8] {
+  ROOT %while = f32[8,8] while(%x), condition=%sum, body=%product
+}
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8] parameter(0)
+  %call-start = ((f32[8,8]), f32[8,8]) call-start(%x), to_apply=%product, metadata={op_name="jit(f)/layer3/UG[0:8]/dot"}
+  %call-done = f32[8,8] call-done(%call-start)
+  %call-start.1 = ((f32[8,8]), f32[8,8]) call-start(%call-done), to_apply=%loop, metadata={op_name="jit(f)/layer3/D[0:8]/dot"}
+  %psum.1 = f32[8,8] all-reduce(%x), to_apply=%sum, metadata={op_name="jit(f)/layer3/O.AR[8:9]/psum"}
+  %call-done.1 = f32[8,8] call-done(%call-start.1)
+  %both = (f32[8,8], f32[8,8]) tuple(%call-done.1, %psum.1)
+  %one = f32[8,8] get-tuple-element(%both), index=1
+  ROOT %all-gather-start = (f32[8,8], f32[64,8]) all-gather-start(%one), metadata={op_name="jit(f)/logits/all_gather"}
+}
+"""
+
+PLAN_WITH_COLLECTIVES = """\
+001: kAsyncStart     [source | next] stream=computation_stream[1], async_id=1
+    002: kCublasLtMatmul [source | sink] kCublasLtMatmul
+003: kAsyncDone      [source | sink] async_id=1
+004: kAsyncStart     [source | next] stream=computation_stream[1], async_id=4
+    005: kCublasLtMatmul [source | sink] kCublasLtMatmul
+006: kAllReduce      [source | next] kAllReduce
+007: kAsyncDone      [source | sink] async_id=4
+008: kAsyncStart     [source | next] stream=communication_stream[0], async_id=8
+    009: kAllGather      [source | sink] kAllGather
+010: kAsyncDone      [source | sink] async_id=8
+"""
+
+
+def test_collectives_on_the_main_stream_are_beside_what_is_on_its_way():
+    found, starts = thunk_plan.regions(thunk_plan.parse(PLAN_WITH_COLLECTIVES)), scheduled_hlo.starts(HLO)
+    assert [(start.kind, start.label, start.layer, start.path) for start in starts] == [
+        ("call-start", "UG", 3, "cuBLASLt"), ("call-start", "D", 3, "cuBLASLt"), ("all-reduce", "O.AR", 3, "NCCL"),
+        ("all-gather-start", "logits", None, "NCCL"),
+    ]  # fmt: skip
+    assert [start.needs for start in starts] == [0, 0b1, 0, 0b100], "of a tuple only the part that is taken"
+    assert [region.collective for region in found] == [None, None, "kAllReduce", "kAllGather"]
+    overlap = compiled_code.Overlap(found, starts)
+    assert overlap.beside == ((), (2,), (1,), ())
+    assert overlap.is_possible == (True, True, True, True), "the reduction needs nobody, the gathering not the products"
+    assert overlap.fraction == 0.5
 
 
 @pytest.mark.parametrize("name", compiled_code.TARGETS)

@@ -40,19 +40,30 @@ def transposed(ref):
     return plgpu.transpose_ref(ref, (1, 0))
 
 
-def matmul(a, b, interpret: Interpret, *, transpose_a: bool = False, transpose_b: bool = False):
-    """[m k] x [k n] -> float32 [m n] in registers; `a` is a reference or a value in registers, `b` a reference."""
+def matmul(a, b, interpret: Interpret, *, transpose_a=False, transpose_b=False, acc=None, meanwhile=lambda: None):
+    """[m k] x [k n] -> float32 [m n] in registers; `a` is a reference or a value in registers, `b` a reference.
+
+    With `acc` [m n], it plus the product.  `meanwhile()` is called while the tensor cores work.
+    """
     if interpret is not None:
         a, b = a[...], b[...]
         a, b = a.T if transpose_a else a, b.T if transpose_b else b
-        return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        product = jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        meanwhile()
+        return product if acc is None else acc + product
     a, b = transposed(a) if transpose_a else a, transposed(b) if transpose_b else b
 
-    def multiply(acc):
-        plgpu.wgmma(acc, a, b)
-        return acc[...]
+    def multiply(ref):
+        plgpu.wgmma(ref, a, b)
+        meanwhile()
 
-    return pl.run_scoped(multiply, plgpu.ACC((int(a.shape[0]), int(b.shape[1])), jnp.float32))
+    def multiply_anew(ref):
+        multiply(ref)
+        return ref[...]
+
+    if acc is None:
+        return pl.run_scoped(multiply_anew, plgpu.ACC((int(a.shape[0]), int(b.shape[1])), jnp.float32))
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
 def store_transposed(ref, value, interpret: Interpret) -> None:
@@ -73,6 +84,19 @@ def iota(shape: tuple[int, int], dimension: int, interpret: Interpret):
     if interpret is not None:
         return lax.broadcasted_iota(jnp.int32, shape, dimension)
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)
+
+
+def row_accumulator(num_rows: int, value: float, interpret: Interpret):
+    """float32 [num_rows], one value for each row of what wgmma leaves."""
+    column = jnp.full((num_rows,), value, jnp.float32)
+    return column if interpret is not None else plgpu.layout_cast(column, plgpu.Layout.WGMMA.reduce(1))
+
+
+def iota_of_rows(num_rows: int, interpret: Interpret):
+    """int32 [num_rows], laid out as `row_accumulator`."""
+    if interpret is not None:
+        return lax.iota(jnp.int32, num_rows)
+    return plgpu.broadcasted_iota(jnp.int32, (num_rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
 
 
 def load(ref, index, layout, interpret: Interpret):

@@ -1,0 +1,372 @@
+"""How do prefill chunks of any length attend over pages as fast as the tensor cores multiply?
+
+A tile is a run of a chunk's query tokens for one KV head, with the group's query heads packed one below the other, so
+that a page is read once for all of them:
+
+    rows of a tile, G = 3, 40 tokens:  | head 0, tokens 0..39 | head 1 | head 2 | 8 unused |
+    warpgroup, 64 rows each:           |          0          |            1           |
+
+One warpgroup fetches queries and pages by TMA, two multiply (wgmma) and keep scores, weights and results in registers.
+The two take turns, as in FlashAttention-3 (arXiv 2407.08608, section 3.1): one's softmax runs under the other's products.
+Which tiles there are depends on the lengths only: plain XLA lists them once for all layers, the ones with most keys first,
+and CTAs take them to and fro, so that a long one and a short one meet.  Each output is written by one CTA, nothing is
+atomic: the same batch gives the same bits.
+"""
+
+import dataclasses
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.paged_attention import mosaic_tiles as tiles
+from pallas_kernels.paged_attention.mosaic_tiles import HALF, Interpret
+
+NUM_CONSUMERS = 2  # warpgroups 0 and 1; the one after them fetches
+ROWS = NUM_CONSUMERS * HALF  # of a tile
+QUERY_SLOTS = 2
+# Of 65,536 registers for 3 x 128 threads, most go to those who hold scores and results.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+
+
+class PrefillSchedule(typing.NamedTuple):
+    """The tiles of a batch, those with most keys first.
+
+    tiles: int32, for each tile its row, an eighth of the token in its first row (TMA copies tiles of 8 tokens, so there
+    may be tokens of another row before its own), its own first token and the one after its last, the distance from a
+    token's place in the batch to its position, and the row's keys.  num_tiles: [1], how many of them there are.
+    """
+
+    tiles: Int32[Array, "tiles 6"]
+    num_tiles: Int32[Array, "1"]
+
+
+class Piece(typing.NamedTuple):
+    """Rows of a warpgroup's half of a tile that hold consecutive tokens of one query head of the group."""
+
+    first_row: int
+    head: int
+    first_token: int
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillShape:
+    """What the kernel is compiled for: `num_stages` blocks of `block` keys in flight in each of `num_ctas` CTAs."""
+
+    group: int
+    head_dim: int
+    page_size: int
+    num_kv_heads: int
+    block: int
+    num_stages: int
+    num_ctas: int
+    scale: float  # on the scores, times log2(e)
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of a tile: a multiple of 8, so that each head starts a new row of a tiled buffer."""
+        return ROWS // self.group // tiles.SUBLANES * tiles.SUBLANES
+
+    def padded(self, num_tokens: int) -> int:
+        """Tokens that the kernel's queries and results have room for: whole eighths, and a tile at least."""
+        return max(-(-num_tokens // tiles.SUBLANES) * tiles.SUBLANES, self.tokens)
+
+    @property
+    def pages_per_block(self) -> int:
+        """TMA copies for a block of keys."""
+        return self.block // self.page_size
+
+    def pieces(self, warpgroup: int) -> list[Piece]:
+        """What lies in the rows of a consumer."""
+        found = []
+        for head in range(self.group):
+            first = max(head * self.tokens, warpgroup * HALF)
+            last = min((head + 1) * self.tokens, (warpgroup + 1) * HALF)
+            if first < last:
+                found.append(Piece(first - warpgroup * HALF, head, first - head * self.tokens, last - first))
+        return found
+
+    def smem_bytes(self, dtype) -> int:
+        """Shared memory of the buffers, with a kilobyte for barriers and 2 KB in which warps reduce."""
+        rows = (QUERY_SLOTS + 1) * ROWS + 2 * self.num_stages * self.block
+        return rows * self.head_dim * jnp.dtype(dtype).itemsize + 3072
+
+    def scratch(self, dtype) -> dict:
+        """Shared memory and barriers: rings of queries, keys and values; rows of results that are no whole tile."""
+        half = (NUM_CONSUMERS, HALF, self.head_dim)
+        block = (self.num_stages, self.block, self.head_dim)
+        ring = functools.partial(plgpu.Barrier, num_barriers=self.num_stages)
+        query_ring = functools.partial(plgpu.Barrier, num_barriers=QUERY_SLOTS)
+        num_pieces = sum(len(self.pieces(warpgroup)) for warpgroup in range(NUM_CONSUMERS))
+        return {
+            "q_smem": tiles.operand((QUERY_SLOTS, *half), dtype),
+            "k_smem": tiles.operand(block, dtype),
+            "v_smem": tiles.operand(block, dtype),
+            "rows_smem": plgpu.SMEM(half, dtype),
+            "q_full": query_ring(num_arrivals=num_pieces),
+            "q_free": query_ring(num_arrivals=NUM_CONSUMERS),
+            "k_full": ring(num_arrivals=self.pages_per_block),
+            "v_full": ring(num_arrivals=self.pages_per_block),
+            "k_free": ring(num_arrivals=NUM_CONSUMERS),
+            "v_free": ring(num_arrivals=NUM_CONSUMERS),
+            "turn": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+        }
+
+
+def why_not(num_heads: int, num_kv_heads: int) -> str | None:
+    """What keeps the kernel from query heads in such groups, None if nothing does."""
+    group, most = num_heads // num_kv_heads, ROWS // tiles.SUBLANES
+    return None if group <= most else f"packs up to {most} query heads for each KV head into a tile, not {group}"
+
+
+def prefill_schedule(
+    kv_lens: Int32[Array, "R"],
+    cu_q_lens: Int32[Array, "R+1"],
+    num_decode: Int32[Array, ""],
+    num_tokens: int,
+    tokens: int,
+) -> PrefillSchedule:
+    """Tiles of `tokens` query tokens for rows from `num_decode` on, in a batch padded to `num_tokens`."""
+    num_rows = kv_lens.shape[0]
+    start, end = cu_q_lens[:-1], cu_q_lens[1:]
+    aligned = start // tiles.SUBLANES * tiles.SUBLANES
+    has_tiles = (jnp.arange(num_rows) >= num_decode) & (start < end)
+    num_tiles = jnp.where(has_tiles, (end - aligned + tokens - 1) // tokens, 0)
+    cu_tiles = jnp.cumsum(num_tiles)
+
+    # A row of n tokens has at most 1 + (n + 6) // tokens tiles, and the quotient is at most n // (tokens - 6).
+    tile = jnp.arange(min(num_rows, num_tokens) + num_tokens // (tokens - tiles.SUBLANES + 2))
+    row = jnp.minimum(jnp.searchsorted(cu_tiles, tile, side="right", method="scan_unrolled"), num_rows - 1)
+    token = aligned[row] + (tile - cu_tiles[row] + num_tiles[row]) * tokens
+    first, last = jnp.maximum(token, start[row]), jnp.minimum(token + tokens, end[row])
+    token = jnp.minimum(token, num_tokens - tokens)  # all that a tile reads is there
+    to_position = kv_lens[row] - end[row]
+    listed = jnp.stack([row, token // tiles.SUBLANES, first, last, to_position, kv_lens[row]], axis=1)
+    num_keys = jnp.where(tile < cu_tiles[-1], last + to_position, 0)
+    return PrefillSchedule(listed[jnp.argsort(-num_keys)].astype(jnp.int32), cu_tiles[-1:].astype(jnp.int32))
+
+
+def attend_tiles(shape: PrefillShape, first_of_layer: int, cta, refs, scratch, interpret: Interpret) -> None:
+    """What CTA `cta` of `shape.num_ctas` does, with three warpgroups: its share of the tiles, one after another.
+
+    refs: q [T H h] with T as `shape.padded` has it, k_pages, v_pages [L*N K p h], table [R P], the schedule's arrays, and
+    the result [T H h], of which the tiles' tokens are written; all in global memory.
+    """
+    q, k_pages, v_pages, table, listed, num_tiles, out = refs
+    s = scratch
+    block, tokens = shape.block, shape.tokens
+    warpgroup = lax.axis_index("warpgroup")
+    num_items = num_tiles[0] * shape.num_kv_heads
+
+    def item_of(i):
+        """The CTA's i-th item; rounds go to and fro."""
+        return i * shape.num_ctas + jnp.where(lax.rem(i, 2) == 0, cta, shape.num_ctas - 1 - cta)
+
+    num_rounds = num_items // shape.num_ctas
+    num_rounds += (item_of(num_rounds) < num_items).astype(jnp.int32)
+
+    def item(i):
+        """The fields of the i-th item's tile, and its KV head."""
+        nth = item_of(i)
+        row, eighth, first, last, to_position, kv_len = (listed[nth // shape.num_kv_heads, x] for x in range(6))
+        # As a product it is known to be a multiple of 8.
+        return (row, eighth * tiles.SUBLANES, first, last, to_position, kv_len), lax.rem(nth, shape.num_kv_heads)
+
+    @pl.when(warpgroup == NUM_CONSUMERS)
+    def produce():
+        if interpret is None:
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+        def tile_body(i, step):
+            (row, token, _, last, to_position, kv_len), kv_head = item(i)
+            query_slot = lax.rem(i, QUERY_SLOTS)
+
+            @pl.when(i >= QUERY_SLOTS)
+            def wait():
+                plgpu.barrier_wait(s["q_free"].at[query_slot])
+
+            for consumer in range(NUM_CONSUMERS):
+                for first_row, head, first_token, n in shape.pieces(consumer):
+                    plgpu.copy_gmem_to_smem(
+                        q.at[pl.ds(token + first_token, n), kv_head * shape.group + head],
+                        s["q_smem"].at[query_slot, consumer, pl.ds(first_row, n)],
+                        s["q_full"].at[query_slot],
+                    )
+            pages_of_row = (kv_len + shape.page_size - 1) // shape.page_size
+
+            def block_body(b, step):
+                slot = lax.rem(step, shape.num_stages)
+                first_page = b * shape.pages_per_block
+                num_pages = jnp.minimum(pages_of_row - first_page, shape.pages_per_block)
+                page_ids = tiles.page_ids_of(table, row, first_page, num_pages, first_of_layer, shape.pages_per_block)
+                for pages, name in ((k_pages, "k"), (v_pages, "v")):
+
+                    @pl.when(step >= shape.num_stages)
+                    def wait(name=name):
+                        plgpu.barrier_wait(s[f"{name}_free"].at[slot])
+
+                    ring, full = s[f"{name}_smem"].at[slot], s[f"{name}_full"].at[slot]
+                    tiles.fetch_pages(pages, kv_head, page_ids, num_pages, ring, full)
+                return step + 1
+
+            num_blocks = (last + to_position + block - 1) // block
+            return lax.fori_loop(0, num_blocks, block_body, step)
+
+        step = lax.fori_loop(0, num_rounds, tile_body, jnp.int32(0))
+        for num_slots, done, names in ((QUERY_SLOTS, num_rounds, "q"), (shape.num_stages, step, "kv")):
+            for slot in range(num_slots):  # leave no phase unseen
+
+                @pl.when(slot < done)
+                def drain(slot=slot, names=names):
+                    for name in names:
+                        plgpu.barrier_wait(s[f"{name}_free"].at[slot])
+
+    def next_turn():
+        """Both consumers pass together, but consumer 1 is half a block behind: it has passed once more."""
+        plgpu.barrier_arrive(s["turn"])
+        plgpu.barrier_wait(s["turn"])
+
+    @pl.when(warpgroup < NUM_CONSUMERS)
+    def consume():
+        if interpret is None:
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        pl.when(warpgroup == 1)(next_turn)
+
+        def tile_body(i, step):
+            (_, token, first, last, to_position, kv_len), kv_head = item(i)
+            query_slot = lax.rem(i, QUERY_SLOTS)
+            query = s["q_smem"].at[query_slot, warpgroup]
+            plgpu.barrier_wait(s["q_full"].at[query_slot])
+            nth_row = tiles.iota_of_rows(HALF, interpret) + warpgroup * HALF
+            last_visible = to_position + token + lax.rem(nth_row, tokens)
+
+            def block_body(b, state, *, is_masked):
+                step, peak, total, acc = state
+                slot = lax.rem(step, shape.num_stages)
+                plgpu.barrier_wait(s["k_full"].at[slot])
+                keys = s["k_smem"].at[slot]
+                scores = tiles.matmul(query, keys, interpret, transpose_b=True, meanwhile=next_turn) * shape.scale
+                plgpu.barrier_arrive(s["k_free"].at[slot])
+                if is_masked:
+                    key = b * block + tiles.iota(scores.shape, 1, interpret)
+                    scores = jnp.where(key <= tiles.spread(last_visible, scores.shape, 0), scores, tiles.MASKED)
+                new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
+                old = jnp.exp2(peak - new_peak)
+                weights = jnp.exp2(scores - tiles.spread(new_peak, scores.shape, 0))
+                total = total * old + jnp.sum(weights, axis=1)
+                acc = acc * tiles.spread(old, acc.shape, 0)
+                values = s["v_smem"].at[slot]
+                plgpu.barrier_wait(s["v_full"].at[slot])
+                if is_masked:
+                    num_valid = kv_len - b * block
+
+                    @pl.when((warpgroup == 0) & (num_valid < block))
+                    def clear():  # for both: consumer 1 multiplies by the values after its next turn
+                        tiles.clear_beyond(values, num_valid, interpret, range(block))
+
+                next_turn()
+                acc = tiles.matmul(weights.astype(q.dtype), values, interpret, acc=acc)
+                plgpu.barrier_arrive(s["v_free"].at[slot])
+                return step + 1, new_peak, total, acc
+
+            rows = functools.partial(tiles.row_accumulator, HALF, interpret=interpret)
+            acc = tiles.as_accumulator(jnp.zeros((HALF, shape.head_dim), jnp.float32), interpret)
+            num_whole = (to_position + first + 1) // block  # blocks that all rows see all of
+            num_blocks = (to_position + last + block - 1) // block
+            state = lax.fori_loop(
+                0, num_whole, functools.partial(block_body, is_masked=False), (step, rows(tiles.MASKED), rows(0), acc)
+            )
+            plgpu.wait_smem_to_gmem(0)  # the last tile's results
+
+            @pl.when(i > 0)
+            def free():
+                plgpu.barrier_arrive(s["q_free"].at[1 - query_slot])
+
+            masked = functools.partial(block_body, is_masked=True)
+            step, _, total, acc = lax.fori_loop(num_whole, num_blocks, masked, state)
+            result = (acc * tiles.spread(1 / total, acc.shape, 0)).astype(q.dtype)
+            store(result, query, token, first, last, kv_head)
+            return step
+
+        def store(result, query, token, first, last, kv_head):
+            """A whole tile goes where its queries were and out in pieces; others, token by token."""
+            is_whole = (token == first) & (token + tokens == last)
+            rows = s["rows_smem"].at[warpgroup]
+
+            @pl.when(is_whole)
+            def stage_tile():
+                query[...] = result
+
+            @pl.when(~is_whole)
+            def stage_rows():
+                rows[...] = result
+
+            plgpu.commit_smem()
+            for consumer in range(NUM_CONSUMERS):
+                for first_row, head, first_token, n in shape.pieces(consumer):
+                    out_head, start = kv_head * shape.group + head, token + first_token
+
+                    @pl.when((warpgroup == consumer) & is_whole)
+                    def copy_piece(first_row=first_row, n=n, out_head=out_head, start=start):
+                        plgpu.copy_smem_to_gmem(query.at[pl.ds(first_row, n)], out.at[pl.ds(start, n), out_head])
+
+                    @pl.when((warpgroup == consumer) & ~is_whole)
+                    def copy_rows(first_row=first_row, n=n, out_head=out_head, start=start):
+                        @pl.loop(jnp.maximum(first, start), jnp.minimum(last, start + n))
+                        def copy_row(place):
+                            plgpu.copy_smem_to_gmem(rows.at[first_row + place - start], out.at[place, out_head])
+
+        lax.fori_loop(0, num_rounds, tile_body, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(num_rounds > 0)
+        def free():
+            plgpu.barrier_arrive(s["q_free"].at[lax.rem(num_rounds - 1, QUERY_SLOTS)])
+
+        pl.when(warpgroup == 0)(next_turn)
+
+
+def prefill_attention(
+    q: Float[Array, "T H h"],
+    k_pages: Float[Array, "LN K p h"],
+    v_pages: Float[Array, "LN K p h"],
+    first_of_layer: int,
+    page_indices: Int32[Array, "R P"],
+    schedule: PrefillSchedule,
+    shape: PrefillShape,
+    *,
+    interpret: Interpret = None,
+) -> Float[Array, "T H h"]:
+    """Attention of the schedule's tokens over their rows' pages; anything for the other tokens.
+
+    One kernel of `shape.num_ctas` CTAs; no nested jit, so that it may run on a stream of its own.  `first_of_layer` is
+    the layer's first page in the flat page axis.
+    """
+    num_tokens = q.shape[0]
+    if shape.padded(num_tokens) != num_tokens:
+        padding = (0, shape.padded(num_tokens) - num_tokens, 0)
+        q = lax.pad(q, jnp.zeros((), q.dtype), [padding, (0, 0, 0), (0, 0, 0)])
+    scratch = shape.scratch(q.dtype)
+
+    def body(*refs):
+        inputs, buffers = refs[: -len(scratch)], refs[-len(scratch) :]
+        names = dict(zip(scratch, buffers, strict=True))
+        attend_tiles(shape, first_of_layer, lax.axis_index("cta"), inputs, names, interpret)
+
+    out = tiles.kernel(
+        body,
+        interpret=interpret,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types=list(scratch.values()),
+        grid=(shape.num_ctas,),
+        grid_names=("cta",),
+        num_threads=NUM_CONSUMERS + 1,
+        thread_name="warpgroup",
+    )(q, k_pages, v_pages, page_indices, *schedule)
+    return out[:num_tokens]

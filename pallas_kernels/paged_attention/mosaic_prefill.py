@@ -249,27 +249,28 @@ def attend_tiles(shape: PrefillShape, first_of_layer: int, cta, refs, scratch, i
             def block_body(b, state, *, is_masked):
                 step, peak, total, acc = state
                 slot = lax.rem(step, shape.num_stages)
+                keys, values = s["k_smem"].at[slot], s["v_smem"].at[slot]
                 plgpu.barrier_wait(s["k_full"].at[slot])
-                keys = s["k_smem"].at[slot]
-                scores = tiles.matmul(query, keys, interpret, transpose_b=True, meanwhile=next_turn) * shape.scale
+                if is_masked:
+                    num_valid = kv_len - b * block
+                    plgpu.barrier_wait(s["v_full"].at[slot])
+
+                    @pl.when((warpgroup == 0) & (num_valid < block))
+                    def clear():  # for both: consumer 1 multiplies by the values after consumer 0 has passed its turn on
+                        tiles.clear_beyond(values, num_valid, interpret, range(block))
+
+                scores = tiles.matmul(query, keys, interpret, transpose_b=True, meanwhile=next_turn)
                 plgpu.barrier_arrive(s["k_free"].at[slot])
                 if is_masked:
                     key = b * block + tiles.iota(scores.shape, 1, interpret)
                     scores = jnp.where(key <= tiles.spread(last_visible, scores.shape, 0), scores, tiles.MASKED)
-                new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
+                new_peak = jnp.maximum(peak, jnp.max(scores, axis=1) * shape.scale)
                 old = jnp.exp2(peak - new_peak)
-                weights = jnp.exp2(scores - tiles.spread(new_peak, scores.shape, 0))
+                weights = jnp.exp2(scores * shape.scale - tiles.spread(new_peak, scores.shape, 0))
                 total = total * old + jnp.sum(weights, axis=1)
                 acc = acc * tiles.spread(old, acc.shape, 0)
-                values = s["v_smem"].at[slot]
-                plgpu.barrier_wait(s["v_full"].at[slot])
-                if is_masked:
-                    num_valid = kv_len - b * block
-
-                    @pl.when((warpgroup == 0) & (num_valid < block))
-                    def clear():  # for both: consumer 1 multiplies by the values after its next turn
-                        tiles.clear_beyond(values, num_valid, interpret, range(block))
-
+                if not is_masked:
+                    plgpu.barrier_wait(s["v_full"].at[slot])
                 next_turn()
                 acc = tiles.matmul(weights.astype(q.dtype), values, interpret, acc=acc)
                 plgpu.barrier_arrive(s["v_free"].at[slot])
@@ -320,7 +321,8 @@ def attend_tiles(shape: PrefillShape, first_of_layer: int, cta, refs, scratch, i
                     def copy_rows(first_row=first_row, n=n, out_head=out_head, start=start):
                         @pl.loop(jnp.maximum(first, start), jnp.minimum(last, start + n))
                         def copy_row(place):
-                            plgpu.copy_smem_to_gmem(rows.at[first_row + place - start], out.at[place, out_head])
+                            row = rows.at[pl.ds(first_row + place - start, 1)]
+                            plgpu.copy_smem_to_gmem(row, out.at[pl.ds(place, 1), out_head])
 
         lax.fori_loop(0, num_rounds, tile_body, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)

@@ -1,22 +1,22 @@
 """How does paged attention run on Hopper: one Mosaic GPU kernel for decode rows, one for prefill chunks.
 
 Decode rows go through `mosaic_decode`, rows from `num_decode` on through `mosaic_prefill`; where that has no tile for a
-group of query heads (`mosaic_prefill.why_not`), through `xla` in the same call.
+group of query heads (`mosaic_prefill_plan.why_not`), through `xla` in the same call.
 """
 
 import dataclasses
 import math
 import typing
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.device import num_multiprocessors
-from pallas_kernels.paged_attention import mosaic_prefill, xla
+from pallas_kernels.paged_attention import mosaic_prefill_plan, xla
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
 from pallas_kernels.paged_attention.mosaic_decode import DecodeShape, decode_attention, decode_schedule
-from pallas_kernels.paged_attention.mosaic_prefill import PrefillShape, prefill_attention, prefill_schedule
+from pallas_kernels.paged_attention.mosaic_prefill import prefill_attention
+from pallas_kernels.paged_attention.mosaic_prefill_plan import PrefillShape, prefill_schedule
 from pallas_kernels.paged_attention.mosaic_tiles import Interpret
 
 
@@ -117,26 +117,76 @@ def paged_attention(
     reason = why_not(q, k_pages, v_pages)
     if reason is not None:
         raise NotImplementedError(f"implementation='mosaic_gpu' {reason}")
-    num_tokens, num_heads, _ = q.shape
-    num_layers, num_pages, num_kv_heads = k_pages.shape[:3]
-    num_rows = min(num_tokens, kv_lens.shape[0])  # rows that can be decode rows: row r has token r
-    # All layers end to end is a bitcast; to take one layer out would copy it.
-    flat = (num_layers * num_pages, *k_pages.shape[2:])
-    cache = (k_pages.reshape(flat), v_pages.reshape(flat), layer * num_pages)
-
-    shape = config.decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
-    schedule = decode_schedule(kv_lens[:num_rows], num_decode, num_kv_heads, shape.block, shape.num_ctas)
-    decoded = decode_attention(q[:num_rows], *cache, page_indices[:num_rows], schedule, shape, interpret=interpret)
-
-    if mosaic_prefill.why_not(num_heads, num_kv_heads) is None:
-        shape = config.prefill_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
-        schedule = prefill_schedule(kv_lens, cu_q_lens, num_decode, shape.padded(num_tokens), shape.tokens)
-        rest = prefill_attention(q, *cache, page_indices, schedule, shape, interpret=interpret)
+    num_tokens = q.shape[0]
+    rows = (kv_lens, page_indices)
+    decoded = decode_rows(
+        q, k_pages, v_pages, layer, *rows, num_decode, sm_scale=sm_scale, config=config, interpret=interpret
+    )
+    if mosaic_prefill_plan.why_not(q.shape[1], k_pages.shape[2]) is None:
+        rest = prefill_rows(
+            q,
+            k_pages,
+            v_pages,
+            layer,
+            *rows,
+            cu_q_lens,
+            num_decode,
+            sm_scale=sm_scale,
+            config=config,
+            interpret=interpret,
+        )
     else:  # without their tokens the decode rows are rows with nothing to do
         cu_of_rest, no_decode = jnp.maximum(cu_q_lens, num_decode), jnp.zeros_like(num_decode)
-        rest = xla.paged_attention(
-            q, k_pages, v_pages, layer, kv_lens, page_indices, cu_of_rest, no_decode, sm_scale=sm_scale
-        )
+        rest = xla.paged_attention(q, k_pages, v_pages, layer, *rows, cu_of_rest, no_decode, sm_scale=sm_scale)
     token = jnp.arange(num_tokens)[:, None, None]
     rest = jnp.where(token < cu_q_lens[-1], rest, 0)
-    return jnp.where(token < num_decode, jnp.pad(decoded, ((0, num_tokens - num_rows), (0, 0), (0, 0))), rest)
+    return jnp.where(token < num_decode, jnp.pad(decoded, ((0, num_tokens - len(decoded)), (0, 0), (0, 0))), rest)
+
+
+def decode_rows(
+    q: Float[Array, "T H h"],
+    k_pages: Float[Array, "L N K p h"],
+    v_pages: Float[Array, "L N K p h"],
+    layer: int,
+    kv_lens: Int32[Array, "R"],
+    page_indices: Int32[Array, "R P"],
+    num_decode: Int32[Array, ""],
+    *,
+    sm_scale: float,
+    config: Config,
+    interpret: Interpret = None,
+) -> Float[Array, "rows H h"]:
+    """Attention of the rows that can be decode rows, min(R, T) of them: row r has token r.  0 from `num_decode` on."""
+    num_rows = min(q.shape[0], kv_lens.shape[0])
+    shape = config.decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
+    schedule = decode_schedule(kv_lens[:num_rows], num_decode, shape.num_kv_heads, shape.block, shape.num_ctas)
+    cache = _end_to_end(k_pages, v_pages, layer)
+    return decode_attention(q[:num_rows], *cache, page_indices[:num_rows], schedule, shape, interpret=interpret)
+
+
+def prefill_rows(
+    q: Float[Array, "T H h"],
+    k_pages: Float[Array, "L N K p h"],
+    v_pages: Float[Array, "L N K p h"],
+    layer: int,
+    kv_lens: Int32[Array, "R"],
+    page_indices: Int32[Array, "R P"],
+    cu_q_lens: Int32[Array, "R+1"],
+    num_decode: Int32[Array, ""],
+    *,
+    sm_scale: float,
+    config: Config,
+    interpret: Interpret = None,
+) -> Float[Array, "T H h"]:
+    """Attention of the tokens of rows from `num_decode` on; anything for the other tokens."""
+    shape = config.prefill_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
+    schedule = prefill_schedule(kv_lens, cu_q_lens, num_decode, shape.padded(q.shape[0]), shape.tokens)
+    cache = _end_to_end(k_pages, v_pages, layer)
+    return prefill_attention(q, *cache, page_indices, schedule, shape, interpret=interpret)
+
+
+def _end_to_end(k_pages, v_pages, layer):
+    """The pages of all layers end to end, and the layer's first one: a bitcast; to take one layer out would copy it."""
+    num_layers, num_pages, *page = k_pages.shape
+    flat = (num_layers * num_pages, *page)
+    return k_pages.reshape(flat), v_pages.reshape(flat), layer * num_pages

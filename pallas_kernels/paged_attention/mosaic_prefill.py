@@ -1,21 +1,12 @@
 """How do prefill chunks of any length attend over pages as fast as the tensor cores multiply?
 
-A tile is a run of a chunk's query tokens for one KV head, with the group's query heads packed one below the other, so
-that a page is read once for all of them:
-
-    rows of a tile, G = 3, 40 tokens:  | head 0, tokens 0..39 | head 1 | head 2 | 8 unused |
-    warpgroup, 64 rows each:           |          0          |            1           |
-
-One warpgroup fetches queries and pages by TMA, two multiply (wgmma) and keep scores, weights and results in registers.
-The two take turns, as in FlashAttention-3 (arXiv 2407.08608, section 3.1): one's softmax runs under the other's products.
-Which tiles there are depends on the lengths only: plain XLA lists them once for all layers, the ones with most keys first,
-and CTAs take them to and fro, so that a long one and a short one meet.  Each output is written by one CTA, nothing is
-atomic: the same batch gives the same bits.
+CTAs go through the tiles of queries that `mosaic_prefill_plan` lists.  In each CTA one warpgroup fetches queries and
+pages by TMA, two multiply (wgmma) and keep scores, weights and results in registers.  The two take turns, as in
+FlashAttention-3 (arXiv 2407.08608, section 3.1): one's softmax runs under the other's products.  Each output is written
+by one CTA and nothing is atomic, so the same batch gives the same bits.
 """
 
-import dataclasses
 import functools
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -25,131 +16,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
+from pallas_kernels.paged_attention.mosaic_prefill_plan import NUM_CONSUMERS, QUERY_SLOTS, PrefillSchedule, PrefillShape
 from pallas_kernels.paged_attention.mosaic_tiles import HALF, Interpret
 
-NUM_CONSUMERS = 2  # warpgroups 0 and 1; the one after them fetches
-ROWS = NUM_CONSUMERS * HALF  # of a tile
-QUERY_SLOTS = 2
 # Of 65,536 registers for 3 x 128 threads, most go to those who hold scores and results.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
-
-
-class PrefillSchedule(typing.NamedTuple):
-    """The tiles of a batch, those with most keys first.
-
-    tiles: int32, for each tile its row, an eighth of the token in its first row (TMA copies tiles of 8 tokens, so there
-    may be tokens of another row before its own), its own first token and the one after its last, the distance from a
-    token's place in the batch to its position, and the row's keys.  num_tiles: [1], how many of them there are.
-    """
-
-    tiles: Int32[Array, "tiles 6"]
-    num_tiles: Int32[Array, "1"]
-
-
-class Piece(typing.NamedTuple):
-    """Rows of a warpgroup's half of a tile that hold consecutive tokens of one query head of the group."""
-
-    first_row: int
-    head: int
-    first_token: int
-    num_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillShape:
-    """What the kernel is compiled for: `num_stages` blocks of `block` keys in flight in each of `num_ctas` CTAs."""
-
-    group: int
-    head_dim: int
-    page_size: int
-    num_kv_heads: int
-    block: int
-    num_stages: int
-    num_ctas: int
-    scale: float  # on the scores, times log2(e)
-
-    @property
-    def tokens(self) -> int:
-        """Query tokens of a tile: a multiple of 8, so that each head starts a new row of a tiled buffer."""
-        return ROWS // self.group // tiles.SUBLANES * tiles.SUBLANES
-
-    def padded(self, num_tokens: int) -> int:
-        """Tokens that the kernel's queries and results have room for: whole eighths, and a tile at least."""
-        return max(-(-num_tokens // tiles.SUBLANES) * tiles.SUBLANES, self.tokens)
-
-    @property
-    def pages_per_block(self) -> int:
-        """TMA copies for a block of keys."""
-        return self.block // self.page_size
-
-    def pieces(self, warpgroup: int) -> list[Piece]:
-        """What lies in the rows of a consumer."""
-        found = []
-        for head in range(self.group):
-            first = max(head * self.tokens, warpgroup * HALF)
-            last = min((head + 1) * self.tokens, (warpgroup + 1) * HALF)
-            if first < last:
-                found.append(Piece(first - warpgroup * HALF, head, first - head * self.tokens, last - first))
-        return found
-
-    def smem_bytes(self, dtype) -> int:
-        """Shared memory of the buffers, with a kilobyte for barriers and 2 KB in which warps reduce."""
-        rows = (QUERY_SLOTS + 1) * ROWS + 2 * self.num_stages * self.block
-        return rows * self.head_dim * jnp.dtype(dtype).itemsize + 3072
-
-    def scratch(self, dtype) -> dict:
-        """Shared memory and barriers: rings of queries, keys and values; rows of results that are no whole tile."""
-        half = (NUM_CONSUMERS, HALF, self.head_dim)
-        block = (self.num_stages, self.block, self.head_dim)
-        ring = functools.partial(plgpu.Barrier, num_barriers=self.num_stages)
-        query_ring = functools.partial(plgpu.Barrier, num_barriers=QUERY_SLOTS)
-        num_pieces = sum(len(self.pieces(warpgroup)) for warpgroup in range(NUM_CONSUMERS))
-        return {
-            "q_smem": tiles.operand((QUERY_SLOTS, *half), dtype),
-            "k_smem": tiles.operand(block, dtype),
-            "v_smem": tiles.operand(block, dtype),
-            "rows_smem": plgpu.SMEM(half, dtype),
-            "q_full": query_ring(num_arrivals=num_pieces),
-            "q_free": query_ring(num_arrivals=NUM_CONSUMERS),
-            "k_full": ring(num_arrivals=self.pages_per_block),
-            "v_full": ring(num_arrivals=self.pages_per_block),
-            "k_free": ring(num_arrivals=NUM_CONSUMERS),
-            "v_free": ring(num_arrivals=NUM_CONSUMERS),
-            "turn": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
-        }
-
-
-def why_not(num_heads: int, num_kv_heads: int) -> str | None:
-    """What keeps the kernel from query heads in such groups, None if nothing does."""
-    group, most = num_heads // num_kv_heads, ROWS // tiles.SUBLANES
-    return None if group <= most else f"packs up to {most} query heads for each KV head into a tile, not {group}"
-
-
-def prefill_schedule(
-    kv_lens: Int32[Array, "R"],
-    cu_q_lens: Int32[Array, "R+1"],
-    num_decode: Int32[Array, ""],
-    num_tokens: int,
-    tokens: int,
-) -> PrefillSchedule:
-    """Tiles of `tokens` query tokens for rows from `num_decode` on, in a batch padded to `num_tokens`."""
-    num_rows = kv_lens.shape[0]
-    start, end = cu_q_lens[:-1], cu_q_lens[1:]
-    aligned = start // tiles.SUBLANES * tiles.SUBLANES
-    has_tiles = (jnp.arange(num_rows) >= num_decode) & (start < end)
-    num_tiles = jnp.where(has_tiles, (end - aligned + tokens - 1) // tokens, 0)
-    cu_tiles = jnp.cumsum(num_tiles)
-
-    # A row of n tokens has at most 1 + (n + 6) // tokens tiles, and the quotient is at most n // (tokens - 6).
-    tile = jnp.arange(min(num_rows, num_tokens) + num_tokens // (tokens - tiles.SUBLANES + 2))
-    row = jnp.minimum(jnp.searchsorted(cu_tiles, tile, side="right", method="scan_unrolled"), num_rows - 1)
-    token = aligned[row] + (tile - cu_tiles[row] + num_tiles[row]) * tokens
-    first, last = jnp.maximum(token, start[row]), jnp.minimum(token + tokens, end[row])
-    token = jnp.minimum(token, num_tokens - tokens)  # all that a tile reads is there
-    to_position = kv_lens[row] - end[row]
-    listed = jnp.stack([row, token // tiles.SUBLANES, first, last, to_position, kv_lens[row]], axis=1)
-    num_keys = jnp.where(tile < cu_tiles[-1], last + to_position, 0)
-    return PrefillSchedule(listed[jnp.argsort(-num_keys)].astype(jnp.int32), cu_tiles[-1:].astype(jnp.int32))
 
 
 def attend_tiles(shape: PrefillShape, first_of_layer: int, cta, refs, scratch, interpret: Interpret) -> None:
@@ -281,7 +152,7 @@ def attend_tiles(shape: PrefillShape, first_of_layer: int, cta, refs, scratch, i
             num_whole = (to_position + first + 1) // block  # blocks that all rows see all of
             num_blocks = (to_position + last + block - 1) // block
             state = lax.fori_loop(
-                0, num_whole, functools.partial(block_body, is_masked=False), (step, rows(tiles.MASKED), rows(0), acc)
+                0, num_whole, functools.partial(block_body, is_masked=False), (step, rows(tiles.MASKED), rows(0.0), acc)
             )
             plgpu.wait_smem_to_gmem(0)  # the last tile's results
 
@@ -320,7 +191,9 @@ def attend_tiles(shape: PrefillShape, first_of_layer: int, cta, refs, scratch, i
                     @pl.when((warpgroup == consumer) & ~is_whole)
                     def copy_rows(first_row=first_row, n=n, out_head=out_head, start=start):
                         @pl.loop(jnp.maximum(first, start), jnp.minimum(last, start + n))
-                        def copy_row(place):
+                        def copy_row(
+                            place,
+                        ):  # as a matrix: jax 0.11 infers no layout for memory that a vector is copied from
                             row = rows.at[pl.ds(first_row + place - start, 1)]
                             plgpu.copy_smem_to_gmem(row, out.at[pl.ds(place, 1), out_head])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from pallas_kernels.paged_attention import arg_specs, mosaic_gpu, mosaic_prefill_plan
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
-from pallas_kernels.paged_attention.mosaic_prefill_plan import PrefillShape, prefill_schedule
+from pallas_kernels.paged_attention.mosaic_prefill_plan import PrefillShape, item_of, num_items_of, prefill_schedule
 from tests.mosaic_checks import SPECS, assert_close, compiled_for_h200, name_of, needs_plugin
 
 DEFAULT = mosaic_gpu.Config(num_ctas=132)
@@ -39,31 +40,35 @@ def test_a_mixed_batch_equals_the_reference_without_races():
     assert_close((4, 2, 64, 64, jnp.bfloat16, ((1, 1), (1, 130), (5, 70), (0, 0))), mosaic_gpu.paged_attention, CONFIG)
 
 
+@functools.partial(jax.jit, static_argnames="tokens")
+def schedule_of(kv_lens, cu_q_lens, num_decode, tokens):
+    return prefill_schedule(kv_lens, cu_q_lens, num_decode, NUM_TOKENS, tokens)
+
+
+NUM_TOKENS = 256
+
+
 @pytest.mark.parametrize(
     ("q_lens", "num_decode"),
     [
-        ((1,), 1),
+        ((1, 0, 0, 0, 0, 0, 0), 1),
         ((1, 1, 5, 40, 0, 1, 79), 2),
-        ((1, 1, 1), 0),
-        ((0, 0), 0),
-        ((250,), 0),
-        ((34, 34, 34, 34), 0),
-        ((1,) * 60, 0),
+        ((1,) * 7, 0),
+        ((0,) * 7, 0),
+        ((250, 0, 0, 0, 0, 0, 0), 0),
+        ((34, 34, 34, 34, 34, 34, 34), 0),
     ],
 )
 @pytest.mark.parametrize("tokens", [8, 40])
 def test_tiles_cover_each_token_of_a_chunk_once_longest_first(q_lens, num_decode, tokens):
     kv_lens = np.array(q_lens) + np.arange(len(q_lens)) * 10
     cu_q_lens = np.cumsum([0, *q_lens])
-    num_tokens = max(-(-(cu_q_lens[-1] + 3) // 8) * 8, tokens)
-    schedule = prefill_schedule(
-        jnp.array(kv_lens), jnp.array(cu_q_lens), jnp.int32(num_decode), int(num_tokens), tokens
-    )
+    schedule = schedule_of(kv_lens, cu_q_lens, num_decode, tokens)
     (num_tiles,) = np.asarray(schedule.num_tiles)
     assert num_tiles <= len(schedule.tiles)
     covered, num_keys = [], []
     for row, eighth, first, last, to_position, kv_len in np.asarray(schedule.tiles)[:num_tiles]:
-        assert 8 * eighth <= first < last <= 8 * eighth + tokens <= num_tokens
+        assert 8 * eighth <= first < last <= 8 * eighth + tokens <= NUM_TOKENS
         assert cu_q_lens[row] <= first
         assert last <= cu_q_lens[row + 1]
         assert kv_len == kv_lens[row] == to_position + cu_q_lens[row + 1]
@@ -71,6 +76,15 @@ def test_tiles_cover_each_token_of_a_chunk_once_longest_first(q_lens, num_decode
         num_keys.append(to_position + last)
     assert sorted(covered) == list(range(cu_q_lens[num_decode], cu_q_lens[-1]))
     assert num_keys == sorted(num_keys, reverse=True)
+
+
+@pytest.mark.parametrize(("num_items", "num_ctas"), [(0, 3), (7, 1), (7, 3), (8, 3), (12, 3), (5, 132)])
+def test_each_item_is_taken_once_and_late_ones_by_those_who_took_early_ones(num_items, num_ctas):
+    counts = [int(num_items_of(cta, num_ctas, num_items)) for cta in range(num_ctas)]
+    taken = [[int(item_of(i, cta, num_ctas)) for i in range(n)] for cta, n in enumerate(counts)]
+    assert sorted(itertools.chain(*taken)) == list(range(num_items))
+    # Of an even number of rounds each CTA has as many early places as late ones.
+    assert {sum(x[:2]) for x in taken if len(x) > 1} <= {2 * num_ctas - 1}
 
 
 @pytest.mark.parametrize("group", [*range(1, 9), 16])

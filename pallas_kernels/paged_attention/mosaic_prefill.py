@@ -16,7 +16,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
-from pallas_kernels.paged_attention.mosaic_prefill_plan import NUM_CONSUMERS, QUERY_SLOTS, PrefillSchedule, PrefillShape
+from pallas_kernels.paged_attention.mosaic_prefill_plan import (
+    NUM_CONSUMERS,
+    QUERY_SLOTS,
+    PrefillSchedule,
+    PrefillShape,
+    item_of,
+    num_items_of,
+)
 from pallas_kernels.paged_attention.mosaic_tiles import HALF, Interpret
 
 # Of 65,536 registers for 3 x 128 threads, most go to those who hold scores and results.
@@ -29,182 +36,184 @@ def attend_tiles(shape: PrefillShape, first_of_layer: int, cta, refs, scratch, i
     refs: q [T H h] with T as `shape.padded` has it, k_pages, v_pages [L*N K p h], table [R P], the schedule's arrays, and
     the result [T H h], of which the tiles' tokens are written; all in global memory.
     """
-    q, k_pages, v_pages, table, listed, num_tiles, out = refs
-    s = scratch
-    block, tokens = shape.block, shape.tokens
+    *inputs, listed, num_tiles, out = refs
     warpgroup = lax.axis_index("warpgroup")
-    num_items = num_tiles[0] * shape.num_kv_heads
-
-    def item_of(i):
-        """The CTA's i-th item; rounds go to and fro."""
-        return i * shape.num_ctas + jnp.where(lax.rem(i, 2) == 0, cta, shape.num_ctas - 1 - cta)
-
-    num_rounds = num_items // shape.num_ctas
-    num_rounds += (item_of(num_rounds) < num_items).astype(jnp.int32)
 
     def item(i):
-        """The fields of the i-th item's tile, and its KV head."""
-        nth = item_of(i)
+        """The fields of the tile that is the CTA's i-th one, and its KV head."""
+        nth = item_of(i, cta, shape.num_ctas)
         row, eighth, first, last, to_position, kv_len = (listed[nth // shape.num_kv_heads, x] for x in range(6))
         # As a product it is known to be a multiple of 8.
         return (row, eighth * tiles.SUBLANES, first, last, to_position, kv_len), lax.rem(nth, shape.num_kv_heads)
+
+    num_items = num_items_of(cta, shape.num_ctas, num_tiles[0] * shape.num_kv_heads)
 
     @pl.when(warpgroup == NUM_CONSUMERS)
     def produce():
         if interpret is None:
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        _fetch_tiles(shape, first_of_layer, item, num_items, inputs, scratch)
 
-        def tile_body(i, step):
-            (row, token, _, last, to_position, kv_len), kv_head = item(i)
-            query_slot = lax.rem(i, QUERY_SLOTS)
+    @pl.when(warpgroup < NUM_CONSUMERS)
+    def consume():
+        if interpret is None:
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        _attend_to_tiles(shape, warpgroup, item, num_items, out, scratch, interpret)
 
-            @pl.when(i >= QUERY_SLOTS)
-            def wait():
-                plgpu.barrier_wait(s["q_free"].at[query_slot])
 
-            for consumer in range(NUM_CONSUMERS):
-                for first_row, head, first_token, n in shape.pieces(consumer):
-                    plgpu.copy_gmem_to_smem(
-                        q.at[pl.ds(token + first_token, n), kv_head * shape.group + head],
-                        s["q_smem"].at[query_slot, consumer, pl.ds(first_row, n)],
-                        s["q_full"].at[query_slot],
-                    )
-            pages_of_row = (kv_len + shape.page_size - 1) // shape.page_size
+def _fetch_tiles(shape: PrefillShape, first_of_layer: int, item, num_items, inputs, s) -> None:
+    """Queries of each tile, then its blocks of keys and values, as soon as their places in shared memory are free."""
+    q, k_pages, v_pages, table = inputs
 
-            def block_body(b, step):
-                slot = lax.rem(step, shape.num_stages)
-                first_page = b * shape.pages_per_block
-                num_pages = jnp.minimum(pages_of_row - first_page, shape.pages_per_block)
-                page_ids = tiles.page_ids_of(table, row, first_page, num_pages, first_of_layer, shape.pages_per_block)
-                for pages, name in ((k_pages, "k"), (v_pages, "v")):
+    def tile_body(i, step):
+        (row, token, _, last, to_position, kv_len), kv_head = item(i)
+        query_slot = lax.rem(i, QUERY_SLOTS)
 
-                    @pl.when(step >= shape.num_stages)
-                    def wait(name=name):
-                        plgpu.barrier_wait(s[f"{name}_free"].at[slot])
+        @pl.when(i >= QUERY_SLOTS)
+        def wait():
+            plgpu.barrier_wait(s["q_free"].at[query_slot])
 
-                    ring, full = s[f"{name}_smem"].at[slot], s[f"{name}_full"].at[slot]
-                    tiles.fetch_pages(pages, kv_head, page_ids, num_pages, ring, full)
-                return step + 1
+        for consumer in range(NUM_CONSUMERS):
+            for first_row, head, first_token, n in shape.pieces(consumer):
+                plgpu.copy_gmem_to_smem(
+                    q.at[pl.ds(token + first_token, n), kv_head * shape.group + head],
+                    s["q_smem"].at[query_slot, consumer, pl.ds(first_row, n)],
+                    s["q_full"].at[query_slot],
+                )
+        pages_of_row = (kv_len + shape.page_size - 1) // shape.page_size
 
-            num_blocks = (last + to_position + block - 1) // block
-            return lax.fori_loop(0, num_blocks, block_body, step)
+        def block_body(b, step):
+            slot = lax.rem(step, shape.num_stages)
+            first_page = b * shape.pages_per_block
+            num_pages = jnp.minimum(pages_of_row - first_page, shape.pages_per_block)
+            page_ids = tiles.page_ids_of(table, row, first_page, num_pages, first_of_layer, shape.pages_per_block)
+            for pages, name in ((k_pages, "k"), (v_pages, "v")):
 
-        step = lax.fori_loop(0, num_rounds, tile_body, jnp.int32(0))
-        for num_slots, done, names in ((QUERY_SLOTS, num_rounds, "q"), (shape.num_stages, step, "kv")):
-            for slot in range(num_slots):  # leave no phase unseen
+                @pl.when(step >= shape.num_stages)
+                def wait(name=name):
+                    plgpu.barrier_wait(s[f"{name}_free"].at[slot])
 
-                @pl.when(slot < done)
-                def drain(slot=slot, names=names):
-                    for name in names:
-                        plgpu.barrier_wait(s[f"{name}_free"].at[slot])
+                ring, full = s[f"{name}_smem"].at[slot], s[f"{name}_full"].at[slot]
+                tiles.fetch_pages(pages, kv_head, page_ids, num_pages, ring, full)
+            return step + 1
+
+        return lax.fori_loop(0, shape.num_blocks(last + to_position), block_body, step)
+
+    step = lax.fori_loop(0, num_items, tile_body, jnp.int32(0))
+    for num_slots, done, names in ((QUERY_SLOTS, num_items, "q"), (shape.num_stages, step, "kv")):
+        for slot in range(num_slots):  # leave no phase unseen
+
+            @pl.when(slot < done)
+            def drain(slot=slot, names=names):
+                for name in names:
+                    plgpu.barrier_wait(s[f"{name}_free"].at[slot])
+
+
+def _attend_to_tiles(shape: PrefillShape, warpgroup, item, num_items, out, s, interpret: Interpret) -> None:
+    """A consumer's half of each tile, by online softmax over the blocks of keys, in turn with the other consumer."""
+    block = shape.block
 
     def next_turn():
         """Both consumers pass together, but consumer 1 is half a block behind: it has passed once more."""
         plgpu.barrier_arrive(s["turn"])
         plgpu.barrier_wait(s["turn"])
 
-    @pl.when(warpgroup < NUM_CONSUMERS)
-    def consume():
-        if interpret is None:
-            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-        pl.when(warpgroup == 1)(next_turn)
+    def tile_body(i, step):
+        (_, token, first, last, to_position, kv_len), kv_head = item(i)
+        query_slot = lax.rem(i, QUERY_SLOTS)
+        query = s["q_smem"].at[query_slot, warpgroup]
+        plgpu.barrier_wait(s["q_full"].at[query_slot])
+        nth_row = tiles.iota_of_rows(HALF, interpret) + warpgroup * HALF
+        last_visible = to_position + token + lax.rem(nth_row, shape.tokens)
 
-        def tile_body(i, step):
-            (_, token, first, last, to_position, kv_len), kv_head = item(i)
-            query_slot = lax.rem(i, QUERY_SLOTS)
-            query = s["q_smem"].at[query_slot, warpgroup]
-            plgpu.barrier_wait(s["q_full"].at[query_slot])
-            nth_row = tiles.iota_of_rows(HALF, interpret) + warpgroup * HALF
-            last_visible = to_position + token + lax.rem(nth_row, tokens)
+        def block_body(b, state, *, is_masked):
+            step, peak, total, acc = state
+            slot = lax.rem(step, shape.num_stages)
+            keys, values = s["k_smem"].at[slot], s["v_smem"].at[slot]
+            plgpu.barrier_wait(s["k_full"].at[slot])
+            if is_masked:
+                num_valid = kv_len - b * block
+                plgpu.barrier_wait(s["v_full"].at[slot])
 
-            def block_body(b, state, *, is_masked):
-                step, peak, total, acc = state
-                slot = lax.rem(step, shape.num_stages)
-                keys, values = s["k_smem"].at[slot], s["v_smem"].at[slot]
-                plgpu.barrier_wait(s["k_full"].at[slot])
-                if is_masked:
-                    num_valid = kv_len - b * block
-                    plgpu.barrier_wait(s["v_full"].at[slot])
+                @pl.when((warpgroup == 0) & (num_valid < block))
+                def clear():  # for both: consumer 1 multiplies by the values after consumer 0 has passed its turn on
+                    tiles.clear_beyond(values, num_valid, interpret, range(block))
 
-                    @pl.when((warpgroup == 0) & (num_valid < block))
-                    def clear():  # for both: consumer 1 multiplies by the values after consumer 0 has passed its turn on
-                        tiles.clear_beyond(values, num_valid, interpret, range(block))
+            scores = tiles.matmul(query, keys, interpret, transpose_b=True, meanwhile=next_turn)
+            plgpu.barrier_arrive(s["k_free"].at[slot])
+            if is_masked:
+                key = b * block + tiles.iota(scores.shape, 1, interpret)
+                scores = jnp.where(key <= tiles.spread(last_visible, scores.shape, 0), scores, tiles.MASKED)
+            new_peak = jnp.maximum(peak, jnp.max(scores, axis=1) * shape.scale)
+            old = jnp.exp2(peak - new_peak)
+            weights = jnp.exp2(scores * shape.scale - tiles.spread(new_peak, scores.shape, 0))
+            total = total * old + jnp.sum(weights, axis=1)
+            acc = acc * tiles.spread(old, acc.shape, 0)
+            if not is_masked:
+                plgpu.barrier_wait(s["v_full"].at[slot])
+            next_turn()
+            acc = tiles.matmul(weights.astype(values.dtype), values, interpret, acc=acc)
+            plgpu.barrier_arrive(s["v_free"].at[slot])
+            return step + 1, new_peak, total, acc
 
-                scores = tiles.matmul(query, keys, interpret, transpose_b=True, meanwhile=next_turn)
-                plgpu.barrier_arrive(s["k_free"].at[slot])
-                if is_masked:
-                    key = b * block + tiles.iota(scores.shape, 1, interpret)
-                    scores = jnp.where(key <= tiles.spread(last_visible, scores.shape, 0), scores, tiles.MASKED)
-                new_peak = jnp.maximum(peak, jnp.max(scores, axis=1) * shape.scale)
-                old = jnp.exp2(peak - new_peak)
-                weights = jnp.exp2(scores * shape.scale - tiles.spread(new_peak, scores.shape, 0))
-                total = total * old + jnp.sum(weights, axis=1)
-                acc = acc * tiles.spread(old, acc.shape, 0)
-                if not is_masked:
-                    plgpu.barrier_wait(s["v_full"].at[slot])
-                next_turn()
-                acc = tiles.matmul(weights.astype(q.dtype), values, interpret, acc=acc)
-                plgpu.barrier_arrive(s["v_free"].at[slot])
-                return step + 1, new_peak, total, acc
+        whole, masked = (functools.partial(block_body, is_masked=x) for x in (False, True))
+        peak, total = (tiles.row_accumulator(HALF, x, interpret) for x in (tiles.MASKED, 0.0))
+        acc = tiles.as_accumulator(jnp.zeros((HALF, shape.head_dim), jnp.float32), interpret)
+        num_whole = (to_position + first + 1) // block  # blocks that all rows see all of
+        state = lax.fori_loop(0, num_whole, whole, (step, peak, total, acc))
+        plgpu.wait_smem_to_gmem(
+            0, wait_read_only=True
+        )  # what is left of the last tile: the next queries need its place
 
-            rows = functools.partial(tiles.row_accumulator, HALF, interpret=interpret)
-            acc = tiles.as_accumulator(jnp.zeros((HALF, shape.head_dim), jnp.float32), interpret)
-            num_whole = (to_position + first + 1) // block  # blocks that all rows see all of
-            num_blocks = (to_position + last + block - 1) // block
-            state = lax.fori_loop(
-                0, num_whole, functools.partial(block_body, is_masked=False), (step, rows(tiles.MASKED), rows(0.0), acc)
-            )
-            plgpu.wait_smem_to_gmem(0)  # the last tile's results
-
-            @pl.when(i > 0)
-            def free():
-                plgpu.barrier_arrive(s["q_free"].at[1 - query_slot])
-
-            masked = functools.partial(block_body, is_masked=True)
-            step, _, total, acc = lax.fori_loop(num_whole, num_blocks, masked, state)
-            result = (acc * tiles.spread(1 / total, acc.shape, 0)).astype(q.dtype)
-            store(result, query, token, first, last, kv_head)
-            return step
-
-        def store(result, query, token, first, last, kv_head):
-            """A whole tile goes where its queries were and out in pieces; others, token by token."""
-            is_whole = (token == first) & (token + tokens == last)
-            rows = s["rows_smem"].at[warpgroup]
-
-            @pl.when(is_whole)
-            def stage_tile():
-                query[...] = result
-
-            @pl.when(~is_whole)
-            def stage_rows():
-                rows[...] = result
-
-            plgpu.commit_smem()
-            for consumer in range(NUM_CONSUMERS):
-                for first_row, head, first_token, n in shape.pieces(consumer):
-                    out_head, start = kv_head * shape.group + head, token + first_token
-
-                    @pl.when((warpgroup == consumer) & is_whole)
-                    def copy_piece(first_row=first_row, n=n, out_head=out_head, start=start):
-                        plgpu.copy_smem_to_gmem(query.at[pl.ds(first_row, n)], out.at[pl.ds(start, n), out_head])
-
-                    @pl.when((warpgroup == consumer) & ~is_whole)
-                    def copy_rows(first_row=first_row, n=n, out_head=out_head, start=start):
-                        @pl.loop(jnp.maximum(first, start), jnp.minimum(last, start + n))
-                        def copy_row(
-                            place,
-                        ):  # as a matrix: jax 0.11 infers no layout for memory that a vector is copied from
-                            row = rows.at[pl.ds(first_row + place - start, 1)]
-                            plgpu.copy_smem_to_gmem(row, out.at[pl.ds(place, 1), out_head])
-
-        lax.fori_loop(0, num_rounds, tile_body, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(num_rounds > 0)
+        @pl.when(i > 0)
         def free():
-            plgpu.barrier_arrive(s["q_free"].at[lax.rem(num_rounds - 1, QUERY_SLOTS)])
+            plgpu.barrier_arrive(s["q_free"].at[1 - query_slot])
 
-        pl.when(warpgroup == 0)(next_turn)
+        step, _, total, acc = lax.fori_loop(num_whole, shape.num_blocks(last + to_position), masked, state)
+        result = (acc * tiles.spread(1 / total, acc.shape, 0)).astype(out.dtype)
+        _store(shape, warpgroup, result, query, s["rows_smem"].at[warpgroup], out, (token, first, last, kv_head))
+        return step
+
+    pl.when(warpgroup == 1)(next_turn)
+    lax.fori_loop(0, num_items, tile_body, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(num_items > 0)
+    def free():
+        plgpu.barrier_arrive(s["q_free"].at[lax.rem(num_items - 1, QUERY_SLOTS)])
+
+    pl.when(warpgroup == 0)(next_turn)
+
+
+def _store(shape: PrefillShape, warpgroup, result, query, rows, out, place) -> None:
+    """Start copies of a consumer's results: a whole tile goes where its queries were and out in pieces, else by rows."""
+    token, first, last, kv_head = place
+    is_whole = (token == first) & (token + shape.tokens == last)
+
+    @pl.when(is_whole)
+    def stage_tile():
+        query[...] = result
+
+    @pl.when(~is_whole)
+    def stage_rows():
+        rows[...] = result
+
+    plgpu.commit_smem()
+    for consumer in range(NUM_CONSUMERS):
+        for first_row, head, first_token, n in shape.pieces(consumer):
+            out_head, start = kv_head * shape.group + head, token + first_token
+
+            @pl.when((warpgroup == consumer) & is_whole)
+            def copy_piece(first_row=first_row, n=n, out_head=out_head, start=start):
+                plgpu.copy_smem_to_gmem(query.at[pl.ds(first_row, n)], out.at[pl.ds(start, n), out_head])
+
+            @pl.when((warpgroup == consumer) & ~is_whole)
+            def copy_rows(first_row=first_row, n=n, out_head=out_head, start=start):
+                @pl.loop(jnp.maximum(first, start), jnp.minimum(last, start + n))
+                def copy_row(i):
+                    # A matrix of one row: jax 0.11 finds no layout for memory that vectors are copied from.
+                    row = rows.at[pl.ds(first_row + i - start, 1)]
+                    plgpu.copy_smem_to_gmem(row, out.at[pl.ds(i, 1), out_head])
 
 
 def prefill_attention(

@@ -78,6 +78,10 @@ class PrefillShape:
         """TMA copies for a block of keys."""
         return self.block // self.page_size
 
+    def num_blocks(self, num_keys):
+        """Blocks with at least one of the first keys of a row."""
+        return (num_keys + self.block - 1) // self.block
+
     def pieces(self, warpgroup: int) -> list[Piece]:
         """What lies in the rows of a consumer."""
         found = []
@@ -119,6 +123,17 @@ def why_not(num_heads: int, num_kv_heads: int) -> str | None:
     """What keeps the kernel from query heads in such groups, None if nothing does."""
     group, most = num_heads // num_kv_heads, ROWS // tiles.SUBLANES
     return None if group <= most else f"packs up to {most} query heads for each KV head into a tile, not {group}"
+
+
+def item_of(i, cta, num_ctas: int):
+    """Which (tile, KV head) pair, in the order of the tiles, a CTA takes as its i-th one: rounds go to and fro."""
+    return i * num_ctas + jnp.where(i % 2 == 0, cta, num_ctas - 1 - cta)
+
+
+def num_items_of(cta, num_ctas: int, num_items):
+    """How many pairs a CTA takes."""
+    num_rounds = num_items // num_ctas
+    return num_rounds + (item_of(num_rounds, cta, num_ctas) < num_items)
 
 
 def prefill_schedule(

@@ -29,9 +29,9 @@ class Config:
 
     block: int = 128
     num_stages: int = 3
+    num_ctas: int | None = None
     prefill_block: int = 128
     prefill_stages: int = 2
-    num_ctas: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("block", "prefill_block"):
@@ -111,7 +111,7 @@ def paged_attention(
     Indices are page numbers and places within a page, so that a cache may have more than 2**31 elements.
 
     Raises:
-      ValueError: `config` does not fit the shapes.
+      ValueError: `config` does not fit the shapes, or `sm_scale` is negative.
       NotImplementedError: see `why_not`.
     """
     reason = why_not(q, k_pages, v_pages)

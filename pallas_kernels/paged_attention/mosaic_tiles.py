@@ -40,7 +40,16 @@ def transposed(ref):
     return plgpu.transpose_ref(ref, (1, 0))
 
 
-def matmul(a, b, interpret: Interpret, *, transpose_a=False, transpose_b=False, acc=None, meanwhile=lambda: None):
+def matmul(
+    a,
+    b,
+    interpret: Interpret,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    acc=None,
+    meanwhile=lambda: None,
+):
     """[m k] x [k n] -> float32 [m n] in registers; `a` is a reference or a value in registers, `b` a reference.
 
     With `acc` [m n], it plus the product.  `meanwhile()` is called while the tensor cores work.

@@ -37,7 +37,7 @@ def kernel(body, *, interpret: Interpret, approx_math: bool = True, **options):
 
 def transposed(ref):
     """The [n m] view of an [m n] reference."""
-    return plgpu.transpose_ref(ref, (1, 0))
+    return ref.transpose((1, 0))
 
 
 def matmul(

@@ -161,4 +161,4 @@ def test_a_cache_of_more_than_2_to_the_31_elements_is_indexed_by_page():
 @pytest.mark.parametrize("name", ["8b-decode-64x2k", "8b-decode-512x1k"])
 def test_decode_compiles_for_h200_without_spills(name, page_size):
     kernels = compiled_for_h200(mosaic_gpu.decode_rows, SPECS[name], page_size, left_out={"cu_q_lens"})
-    assert max(kernel.registers for kernel in kernels) <= 128
+    assert all(kernel.registers is not None and kernel.registers <= 128 for kernel in kernels)

@@ -5,6 +5,7 @@ layouts.  There, and only there, a tile is loaded and multiplied in plain JAX; b
 shared memory are the same, so that races and out-of-bounds accesses are found as if on a GPU.
 """
 
+import inspect
 import typing
 
 import jax
@@ -17,6 +18,8 @@ MASKED = -1e30  # below each real score, yet finite: differences and exp2 stay f
 SUBLANES, SWIZZLE_BYTES = 8, 128  # a tile in shared memory as wgmma reads it: 8 rows of 128 swizzled bytes
 HALF = 64  # rows of one wgmma
 SMEM_BYTES = 232_448  # what one CTA may use on Hopper
+# jax 0.10 wants an index of what is loaded, jax 0.11 warns of one.
+NO_INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
 
 # None compiles for the GPU; else `InterpretGPUParams`, whose place in JAX depends on the version.
 Interpret = typing.Any
@@ -49,7 +52,7 @@ def matmul(
     transpose_b: bool = False,
     acc=None,
     meanwhile=lambda: None,
-):
+) -> typing.Any:
     """[m k] x [k n] -> float32 [m n] in registers; `a` is a reference or a value in registers, `b` a reference.
 
     With `acc` [m n], it plus the product.  `meanwhile()` is called while the tensor cores work.
@@ -108,9 +111,9 @@ def iota_of_rows(num_rows: int, interpret: Interpret):
     return plgpu.broadcasted_iota(jnp.int32, (num_rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
 
 
-def load(ref, index, layout, interpret: Interpret):
-    """`ref[index]` in registers of the given layout."""
-    return ref[index] if interpret is not None else plgpu.load(ref, index, layout=layout, optimized=False)
+def load(ref, layout, interpret: Interpret):
+    """The values of a reference in registers of the given layout."""
+    return ref[...] if interpret is not None else plgpu.load(ref, *NO_INDEX, layout=layout, optimized=False)
 
 
 def spread(vector, shape: tuple[int, ...], dimension: int):
@@ -123,7 +126,7 @@ def clear_beyond(tile, num_valid, interpret: Interpret, rows: range) -> None:
     for first in rows[::HALF]:
         half = tile.at[pl.ds(first, HALF)]
         row = first + iota(half.shape, 0, interpret)
-        value = load(half, (), plgpu.Layout.WGMMA, interpret)
+        value = load(half, plgpu.Layout.WGMMA, interpret)
         half[...] = jnp.where(row < num_valid, value, jnp.zeros((), value.dtype))
     plgpu.commit_smem()
 

@@ -59,6 +59,7 @@ def matmul(
     """
     if interpret is not None:
         a, b = a[...], b[...]
+        plgpu.commit_smem()  # wgmma's reads, which these stand for, need no fence before TMA writes to the same memory
         a, b = a.T if transpose_a else a, b.T if transpose_b else b
         product = jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
         meanwhile()

@@ -161,9 +161,8 @@ def _attend_to_tiles(shape: PrefillShape, warpgroup, item, num_items, out, s, in
         acc = tiles.as_accumulator(jnp.zeros((HALF, shape.head_dim), jnp.float32), interpret)
         num_whole = (to_position + first + 1) // block  # blocks that all rows see all of
         state = lax.fori_loop(0, num_whole, whole, (step, peak, total, acc))
-        plgpu.wait_smem_to_gmem(
-            0, wait_read_only=True
-        )  # what is left of the last tile: the next queries need its place
+        # Copies of the last tile's results, long since under way; the tile after this one needs their place.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(i > 0)
         def free():

@@ -80,7 +80,8 @@ SERVING_SPECS = (
 _LLAMA3_8B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16, "max_len": 4096}
 _LLAMA3_70B_OF_8 = {**_LLAMA3_8B, "num_heads": 8, "num_kv_heads": 1}
 
-# Steps of a large GPU: decode rows alone, and the paper's dense batch of decode rows and a chunk.
+# Steps of a large GPU: decode rows alone, the paper's dense batch of decode rows and a chunk, and chunks alone: short ones,
+# long ones, and one whose first tokens are in the cache already.
 GPU_SPECS = (
     ArgSpec("8b-decode-64x2k", num_tokens=64, num_rows=64, q_lens=(1,) * 64, kv_lens=(2048,) * 64, **_LLAMA3_8B),
     ArgSpec("8b-decode-512x1k", num_tokens=512, num_rows=512, q_lens=(1,) * 512, kv_lens=(1024,) * 512, **_LLAMA3_8B),
@@ -93,6 +94,8 @@ GPU_SPECS = (
         "70b/8-mixed-2048", num_tokens=2048, num_rows=1088, q_lens=(1,) * 1024 + (1024,),
         kv_lens=(768,) * 1024 + (1024,), **_LLAMA3_70B_OF_8,
     ),
+    ArgSpec("8b-prefill-2x4k", num_tokens=8192, num_rows=2, q_lens=(4096,) * 2, kv_lens=(4096,) * 2, **_LLAMA3_8B),
+    ArgSpec("8b-chunk-2k-of-4k", num_tokens=2048, num_rows=1, q_lens=(2048,), kv_lens=(4096,), **_LLAMA3_8B),
 )  # fmt: skip
 
 

@@ -212,8 +212,8 @@ def _merge_body(shape: DecodeShape, interpret: Interpret, cu_parts, acc_in, lse_
 
     def add(part, state):
         peak, total, acc = state
-        lse = tiles.load(lse_in, part, plgpu.Layout.WGMMA.reduce(0), interpret)
-        new = tiles.load(acc_in, part, plgpu.Layout.WGMMA, interpret)
+        lse = tiles.load(lse_in.at[part], plgpu.Layout.WGMMA.reduce(0), interpret)
+        new = tiles.load(acc_in.at[part], plgpu.Layout.WGMMA, interpret)
         new_peak = jnp.maximum(peak, lse)
         old, weight = jnp.exp2(peak - new_peak), jnp.exp2(lse - new_peak)
         acc = acc * tiles.spread(old, acc_shape, 1) + new * tiles.spread(weight, acc_shape, 1)

@@ -1,20 +1,22 @@
-"""How does paged attention run on Hopper: Mosaic GPU kernels for decode rows, XLA's loop for prefill chunks.
+"""How does paged attention run on Hopper: one Mosaic GPU kernel for decode rows, one for prefill chunks.
 
-Decode rows go through `mosaic_decode`.  There is no wgmma prefill kernel yet: rows from `num_decode` on, if any, go
-through `xla` in the same call, and its loops take no iteration where a batch has none.
+Decode rows go through `mosaic_decode`, rows from `num_decode` on through `mosaic_prefill`; where that has no tile for a
+group of query heads (`mosaic_prefill_plan.why_not`), through `xla` in the same call.
 """
 
 import dataclasses
 import math
+import typing
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.device import num_multiprocessors
+from pallas_kernels.paged_attention import mosaic_prefill_plan, xla
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
-from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.mosaic_decode import DecodeShape, decode_attention, decode_schedule
+from pallas_kernels.paged_attention.mosaic_prefill import prefill_attention
+from pallas_kernels.paged_attention.mosaic_prefill_plan import PrefillShape, prefill_schedule
 from pallas_kernels.paged_attention.mosaic_tiles import Interpret
 
 
@@ -22,18 +24,24 @@ from pallas_kernels.paged_attention.mosaic_tiles import Interpret
 class Config:
     """Key tokens in a block, blocks in flight, and CTAs, each of which has an SM to itself where blocks are this large.
 
-    `num_ctas` is the share of the SMs that decode attention takes, all if None: give the rest of them to a matmul.
+    `num_ctas` is the share of the SMs that attention takes, all if None: give the rest of them to a matmul.
     """
 
     block: int = 128
     num_stages: int = 3
     num_ctas: int | None = None
+    prefill_block: int = 128
+    prefill_stages: int = 2
 
     def __post_init__(self) -> None:
-        if self.block <= 0 or self.block % tiles.HALF:
-            raise ValueError(f"block={self.block} must be a positive multiple of {tiles.HALF}, the rows of one wgmma")
-        if self.num_stages < 1 or (self.num_ctas is not None and self.num_ctas < 1):
-            raise ValueError(f"num_stages={self.num_stages} and num_ctas={self.num_ctas} must be positive")
+        for name in ("block", "prefill_block"):
+            size = getattr(self, name)
+            if size <= 0 or size % tiles.HALF:
+                raise ValueError(f"{name}={size} must be a positive multiple of {tiles.HALF}, the rows of one wgmma")
+        for name in ("num_stages", "prefill_stages", "num_ctas"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count} must be positive")
 
     def decode_shape(self, q_shape, pages_shape, dtype, sm_scale: float) -> DecodeShape:
         """The decode kernel for q [T H h] and pages [L N K p h].
@@ -42,17 +50,27 @@ class Config:
           ValueError: the block is no whole number of pages, or the stages need more shared memory than there is; or
             nobody says how many CTAs and the device does not either.
         """
+        sizes = {"block": self.block, "num_stages": self.num_stages}
+        return self._checked(DecodeShape, sizes, q_shape, pages_shape, dtype, sm_scale)
+
+    def prefill_shape(self, q_shape, pages_shape, dtype, sm_scale: float) -> PrefillShape:
+        """The prefill kernel for q [T H h] and pages [L N K p h].  Raises ValueError as `decode_shape` does."""
+        sizes = {"prefill_block": self.prefill_block, "prefill_stages": self.prefill_stages}
+        return self._checked(PrefillShape, sizes, q_shape, pages_shape, dtype, sm_scale)
+
+    def _checked(self, kind, sizes, q_shape, pages_shape, dtype, sm_scale) -> typing.Any:
         _, num_heads, head_dim = q_shape
         _, _, num_kv_heads, page_size, _ = pages_shape
-        if self.block % page_size:
-            raise ValueError(f"block={self.block} is no multiple of the page size {page_size}")
+        (block_name, block), (stages_name, num_stages) = sizes.items()
+        if block % page_size:
+            raise ValueError(f"{block_name}={block} is no multiple of the page size {page_size}")
         group = num_heads // num_kv_heads
         scale = sm_scale * math.log2(math.e)
         num_ctas = num_multiprocessors() if self.num_ctas is None else self.num_ctas
-        shape = DecodeShape(group, head_dim, page_size, num_kv_heads, self.block, self.num_stages, num_ctas, scale)
+        shape = kind(group, head_dim, page_size, num_kv_heads, block, num_stages, num_ctas, scale)
         if shape.smem_bytes(dtype) > tiles.SMEM_BYTES:
             raise ValueError(
-                f"num_stages={self.num_stages} of block={self.block} need {shape.smem_bytes(dtype)} B of shared memory, "
+                f"{stages_name}={num_stages} of {block_name}={block} need {shape.smem_bytes(dtype)} B of shared memory, "
                 f"a CTA has {tiles.SMEM_BYTES}"
             )
         return shape
@@ -93,35 +111,82 @@ def paged_attention(
     Indices are page numbers and places within a page, so that a cache may have more than 2**31 elements.
 
     Raises:
-      ValueError: `config` does not fit the shapes.
+      ValueError: `config` does not fit the shapes, or `sm_scale` is negative.
       NotImplementedError: see `why_not`.
     """
     reason = why_not(q, k_pages, v_pages)
     if reason is not None:
         raise NotImplementedError(f"implementation='mosaic_gpu' {reason}")
     num_tokens = q.shape[0]
-    num_layers, num_pages = k_pages.shape[:2]
-    num_rows = min(num_tokens, kv_lens.shape[0])  # rows that can be decode rows: row r has token r
+    rows = (kv_lens, page_indices)
+    decoded = decode_rows(
+        q, k_pages, v_pages, layer, *rows, num_decode, sm_scale=sm_scale, config=config, interpret=interpret
+    )
+    if mosaic_prefill_plan.why_not(q.shape[1], k_pages.shape[2]) is None:
+        rest = prefill_rows(
+            q,
+            k_pages,
+            v_pages,
+            layer,
+            *rows,
+            cu_q_lens,
+            num_decode,
+            sm_scale=sm_scale,
+            config=config,
+            interpret=interpret,
+        )
+    else:  # without their tokens the decode rows are rows with nothing to do
+        cu_of_rest, no_decode = jnp.maximum(cu_q_lens, num_decode), jnp.zeros_like(num_decode)
+        rest = xla.paged_attention(q, k_pages, v_pages, layer, *rows, cu_of_rest, no_decode, sm_scale=sm_scale)
+    token = jnp.arange(num_tokens)[:, None, None]
+    rest = jnp.where(token < cu_q_lens[-1], rest, 0)
+    return jnp.where(token < num_decode, jnp.pad(decoded, ((0, num_tokens - len(decoded)), (0, 0), (0, 0))), rest)
+
+
+def decode_rows(
+    q: Float[Array, "T H h"],
+    k_pages: Float[Array, "L N K p h"],
+    v_pages: Float[Array, "L N K p h"],
+    layer: int,
+    kv_lens: Int32[Array, "R"],
+    page_indices: Int32[Array, "R P"],
+    num_decode: Int32[Array, ""],
+    *,
+    sm_scale: float,
+    config: Config,
+    interpret: Interpret = None,
+) -> Float[Array, "rows H h"]:
+    """Attention of the rows that can be decode rows, min(R, T) of them: row r has token r.  0 from `num_decode` on."""
+    num_rows = min(q.shape[0], kv_lens.shape[0])
     shape = config.decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
     schedule = decode_schedule(kv_lens[:num_rows], num_decode, shape.num_kv_heads, shape.block, shape.num_ctas)
-    # All layers end to end is a bitcast; to take one layer out would copy it.
-    flat = (num_layers * num_pages, *k_pages.shape[2:])
-    decoded = decode_attention(
-        q[:num_rows],
-        k_pages.reshape(flat),
-        v_pages.reshape(flat),
-        layer * num_pages,
-        page_indices[:num_rows],
-        schedule,
-        shape,
-        interpret=interpret,
-    )
-    # Without their tokens the decode rows are rows with nothing to do.
-    cu_q_lens = jnp.maximum(cu_q_lens, num_decode)
-    no_decode = jnp.zeros_like(num_decode)
-    rest = xla.paged_attention(
-        q, k_pages, v_pages, layer, kv_lens, page_indices, cu_q_lens, no_decode, sm_scale=sm_scale
-    )
-    is_decode = (jnp.arange(num_rows) < num_decode)[:, None, None]
-    first = jnp.where(is_decode, decoded, rest[:num_rows])
-    return jax.lax.dynamic_update_slice_in_dim(rest, first, 0, 0)
+    cache = _end_to_end(k_pages, v_pages, layer)
+    return decode_attention(q[:num_rows], *cache, page_indices[:num_rows], schedule, shape, interpret=interpret)
+
+
+def prefill_rows(
+    q: Float[Array, "T H h"],
+    k_pages: Float[Array, "L N K p h"],
+    v_pages: Float[Array, "L N K p h"],
+    layer: int,
+    kv_lens: Int32[Array, "R"],
+    page_indices: Int32[Array, "R P"],
+    cu_q_lens: Int32[Array, "R+1"],
+    num_decode: Int32[Array, ""],
+    *,
+    sm_scale: float,
+    config: Config,
+    interpret: Interpret = None,
+) -> Float[Array, "T H h"]:
+    """Attention of the tokens of rows from `num_decode` on; anything for the other tokens."""
+    shape = config.prefill_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
+    schedule = prefill_schedule(kv_lens, cu_q_lens, num_decode, shape.padded(q.shape[0]), shape.tokens)
+    cache = _end_to_end(k_pages, v_pages, layer)
+    return prefill_attention(q, *cache, page_indices, schedule, shape, interpret=interpret)
+
+
+def _end_to_end(k_pages, v_pages, layer):
+    """The pages of all layers end to end, and the layer's first one: a bitcast; to take one layer out would copy it."""
+    num_layers, num_pages, *page = k_pages.shape
+    flat = (num_layers * num_pages, *page)
+    return k_pages.reshape(flat), v_pages.reshape(flat), layer * num_pages

@@ -5,6 +5,7 @@ layouts.  There, and only there, a tile is loaded and multiplied in plain JAX; b
 shared memory are the same, so that races and out-of-bounds accesses are found as if on a GPU.
 """
 
+import inspect
 import typing
 
 import jax
@@ -17,6 +18,8 @@ MASKED = -1e30  # below each real score, yet finite: differences and exp2 stay f
 SUBLANES, SWIZZLE_BYTES = 8, 128  # a tile in shared memory as wgmma reads it: 8 rows of 128 swizzled bytes
 HALF = 64  # rows of one wgmma
 SMEM_BYTES = 232_448  # what one CTA may use on Hopper
+# jax 0.10 wants an index of what is loaded, jax 0.11 warns of one.
+NO_INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
 
 # None compiles for the GPU; else `InterpretGPUParams`, whose place in JAX depends on the version.
 Interpret = typing.Any
@@ -37,22 +40,43 @@ def kernel(body, *, interpret: Interpret, approx_math: bool = True, **options):
 
 def transposed(ref):
     """The [n m] view of an [m n] reference."""
-    return plgpu.transpose_ref(ref, (1, 0))
+    return ref.transpose((1, 0))
 
 
-def matmul(a, b, interpret: Interpret, *, transpose_a: bool = False, transpose_b: bool = False):
-    """[m k] x [k n] -> float32 [m n] in registers; `a` is a reference or a value in registers, `b` a reference."""
+def matmul(
+    a,
+    b,
+    interpret: Interpret,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    acc=None,
+    meanwhile=lambda: None,
+) -> typing.Any:
+    """[m k] x [k n] -> float32 [m n] in registers; `a` is a reference or a value in registers, `b` a reference.
+
+    With `acc` [m n], it plus the product.  `meanwhile()` is called while the tensor cores work.
+    """
     if interpret is not None:
         a, b = a[...], b[...]
+        plgpu.commit_smem()  # wgmma's reads, which these stand for, need no fence before TMA writes to the same memory
         a, b = a.T if transpose_a else a, b.T if transpose_b else b
-        return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        product = jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        meanwhile()
+        return product if acc is None else acc + product
     a, b = transposed(a) if transpose_a else a, transposed(b) if transpose_b else b
 
-    def multiply(acc):
-        plgpu.wgmma(acc, a, b)
-        return acc[...]
+    def multiply(ref):
+        plgpu.wgmma(ref, a, b)
+        meanwhile()
 
-    return pl.run_scoped(multiply, plgpu.ACC((int(a.shape[0]), int(b.shape[1])), jnp.float32))
+    def multiply_anew(ref):
+        multiply(ref)
+        return ref[...]
+
+    if acc is None:
+        return pl.run_scoped(multiply_anew, plgpu.ACC((int(a.shape[0]), int(b.shape[1])), jnp.float32))
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
 def store_transposed(ref, value, interpret: Interpret) -> None:
@@ -75,9 +99,22 @@ def iota(shape: tuple[int, int], dimension: int, interpret: Interpret):
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)
 
 
-def load(ref, index, layout, interpret: Interpret):
-    """`ref[index]` in registers of the given layout."""
-    return ref[index] if interpret is not None else plgpu.load(ref, index, layout=layout, optimized=False)
+def row_accumulator(num_rows: int, value: float, interpret: Interpret):
+    """float32 [num_rows], one value for each row of what wgmma leaves."""
+    column = jnp.full((num_rows,), value, jnp.float32)
+    return column if interpret is not None else plgpu.layout_cast(column, plgpu.Layout.WGMMA.reduce(1))
+
+
+def iota_of_rows(num_rows: int, interpret: Interpret):
+    """int32 [num_rows], laid out as `row_accumulator`."""
+    if interpret is not None:
+        return lax.iota(jnp.int32, num_rows)
+    return plgpu.broadcasted_iota(jnp.int32, (num_rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+
+
+def load(ref, layout, interpret: Interpret):
+    """The values of a reference in registers of the given layout."""
+    return ref[...] if interpret is not None else plgpu.load(ref, *NO_INDEX, layout=layout, optimized=False)
 
 
 def spread(vector, shape: tuple[int, ...], dimension: int):
@@ -90,7 +127,7 @@ def clear_beyond(tile, num_valid, interpret: Interpret, rows: range) -> None:
     for first in rows[::HALF]:
         half = tile.at[pl.ds(first, HALF)]
         row = first + iota(half.shape, 0, interpret)
-        value = load(half, (), plgpu.Layout.WGMMA, interpret)
+        value = load(half, plgpu.Layout.WGMMA, interpret)
         half[...] = jnp.where(row < num_valid, value, jnp.zeros((), value.dtype))
     plgpu.commit_smem()
 

@@ -60,11 +60,12 @@ def compile_step(
     num_devices: int = 1,
     num_slots: int = 1024,
     attention: str | None = None,
+    overlap: str | None = None,
     one_graph: bool = True,
 ) -> Step:
     """`engine.step` on batches of the pipeline's size, weights and pages bfloat16, on the streams that the pipeline names.
 
-    kv_bytes: of the pages, on all devices together.    attention: as in `execute.forward`.
+    kv_bytes: of the pages, on all devices together.    attention, overlap: as in `execute.forward`.
     one_graph: as in `gpu_options`.
     """
     page_size = 16
@@ -76,7 +77,9 @@ def compile_step(
     params: Any = decoder.abstract_params(model, jnp.bfloat16)
     state = jax.eval_shape(lambda: engine.init(config, model, jnp.bfloat16))
     if num_devices == 1:
-        forward = functools.partial(execute.forward, model, pipeline=pipeline, attention=attention, use_streams=True)
+        forward = functools.partial(
+            execute.forward, model, pipeline=pipeline, attention=attention, use_streams=True, overlap=overlap
+        )
     else:
         split = tensor_parallel(model, mesh, [pipeline], attention=attention, use_streams=True)
         forward = split.forward

@@ -18,6 +18,7 @@ from nanojax import scheduler, workload
 from nanojax.admission import make_forecast
 from nanojax.config import PRESETS, EngineConfig, ModelConfig
 from nanojax.models import decoder
+from nanojax.pipeline import execute
 from nanojax.pipeline.ir import Pipeline
 from nanojax.pipeline.json_format import from_json
 from nanojax.pipeline.ladder import choose_per_rung
@@ -27,6 +28,7 @@ from nanojax.serve import Driver, Engine
 from nanojax.weights import LoadedModel, Tokenizer, load_model
 from nanojax.weights.chat import TEMPLATES
 from nanojax.workload import Request, SamplingParams, Trace
+from pallas_kernels.device import platform
 
 SMOKE_CONFIG = ModelConfig(
     "smoke", num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=64, vocab_size=257, max_len=2048
@@ -95,7 +97,8 @@ def engine(values: flags.FlagValues, loaded: LoadedModel) -> Engine:
         driver=Driver(values.driver),
         attention=values.attention,
         pipelines=pipelines(values, loaded),
-        use_streams=jax.default_backend() == "gpu" if values.streams is None else values.streams,
+        use_streams=_use_streams(values),
+        overlap=values.overlap,
         kv_dtype=kv_dtype(values),
         check_invariants=values.check_invariants,
     )
@@ -157,7 +160,29 @@ def describe(values: flags.FlagValues, loaded: LoadedModel) -> dict[str, Any]:
         "num_params": loaded.config.num_params,
         "kv_dtype": values.kv_dtype or values.dtype,
     }
-    return {**shown, **capacities, **model}
+    return {**shown, **capacities, **model, **({"paths": _paths(values, loaded)} if platform() == "gpu" else {})}
+
+
+def _use_streams(values: flags.FlagValues) -> bool:
+    return platform() == "gpu" if values.streams is None else values.streams
+
+
+def _paths(values: flags.FlagValues, loaded: LoadedModel) -> dict[str, dict[str, list[str]]]:
+    """Token budget -> node -> what runs it and why, most layers first."""
+    config, model = engine_config(values, loaded), loaded.config
+    shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, model.head_dim)
+    found: dict[str, dict[str, list[str]]] = {}
+    for budget, pipeline in pipelines(values, loaded).items():
+        own = found.setdefault(str(budget), {})
+        rows = execute.paths(
+            model, pipeline, dtype=values.dtype, pages=jax.ShapeDtypeStruct(shape, kv_dtype(values)),
+            use_streams=_use_streams(values), overlap=values.overlap,
+        )  # fmt: skip
+        for row in sorted(rows, key=lambda row: -row.num_layers):
+            where = "" if row.path.num_sms is None else f" on {row.path.num_sms} multiprocessors"
+            text = f"{row.path.kernel}{where} in {row.num_layers} layers: {row.path.reason}"
+            own.setdefault(row.node, []).append(text)
+    return found
 
 
 def _prompts(values: flags.FlagValues, loaded: LoadedModel, num_requests: int, sampling: SamplingParams) -> Work:

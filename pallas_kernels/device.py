@@ -36,7 +36,7 @@ def compute_capability() -> int | None:
 def why_not_hopper() -> str | None:
     """What keeps kernels made of Hopper's wgmma and TMA from the device, None if nothing does."""
     if platform() != "gpu":
-        return f"runs on 'gpu' (Hopper), not on {platform()!r}"
+        return f"runs on 'gpu', not on {platform()!r}"
     capability = compute_capability()
     if capability is None or capability // 10 != 9:
         return f"is made of Hopper's wgmma, compute capability 9, which this GPU ({capability}) does not have"

@@ -63,7 +63,11 @@ class OutProjection(nnx.Module):
         self.kernel = normal(rngs, (config.num_kv_heads, groups, config.head_dim, config.d_model), dtype)
 
     def __call__(
-        self, attended: Float[Array, "t H h"], residual: Float[Array, "t D"] | None = None, *, num_ctas: int | None = None
+        self,
+        attended: Float[Array, "t H h"],
+        residual: Float[Array, "t D"] | None = None,
+        *,
+        num_ctas: int | None = None,
     ) -> Float[Array, "t D"]:
         """Heads joined, then projected; added to `residual`."""
         kernel = self.kernel[...]

@@ -169,7 +169,8 @@ def matmul(
         out_type=jax.ShapeDtypeStruct((shape.m, shape.n // shape.parts), shape.out_dtype),
         scratch_types=list(scratch.values()),
     )
-    return call(x, kernel.reshape(shape.k, shape.n), *(() if residual is None else (residual,)))
+    with jax.disable_jit(False):  # a stream call dissolves what is jitted, but the kernel's loops must stay
+        return call(x, kernel.reshape(shape.k, shape.n), *(() if residual is None else (residual,)))
 
 
 def shape_of(x, kernel, residual, *, num_ctas: int, out_dtype=jnp.float32, config: Config | None = None) -> Shape:

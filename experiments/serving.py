@@ -78,7 +78,7 @@ def policy(values: flags.FlagValues) -> Policy:
 def kv_dtype(values: flags.FlagValues) -> jnp.dtype:
     """What the KV pages are stored as: `--kv_dtype`, else as the weights; on a CPU bfloat16 as its bits (see `KVPages`)."""
     wanted = jnp.dtype(values.kv_dtype or values.dtype)
-    return jnp.dtype(jnp.uint16) if wanted == jnp.bfloat16 and jax.default_backend() == "cpu" else wanted
+    return jnp.dtype(jnp.uint16) if wanted == jnp.bfloat16 and platform() == "cpu" else wanted
 
 
 def engine_config(values: flags.FlagValues, loaded: LoadedModel) -> EngineConfig:

@@ -13,6 +13,7 @@ RANKS = [
         "nanojax",
         "nanojax.array_types",
         "pallas_kernels.device",
+        "pallas_kernels.inlined",
         "pallas_kernels.numba_ffi",
     ],
     ["pallas_kernels.triton_call"],

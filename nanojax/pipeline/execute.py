@@ -96,7 +96,8 @@ def paths(
     dtype: of the weights.    pages: [L N K p h], of keys or values.    The rest as in `forward`.
     A node may run in several ways: in the first and the last layer it has other company than in those between.
     """
-    layer = decoder.bind(config, decoder.abstract_params(config, dtype)).layers[0]
+    one_layer = dataclasses.replace(config, num_layers=1)
+    layer = decoder.bind(one_layer, decoder.abstract_params(one_layer, dtype)).layers[0]
     calls, room = attention_calls(pipeline), room_here(overlap, use_streams=use_streams)
     found: collections.Counter[tuple[int, Path]] = collections.Counter()
     for phase in phases(pipeline, config.num_layers, use_streams=use_streams):

@@ -13,6 +13,7 @@ make a small share of the SMs compute bound.
 import dataclasses
 import functools
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.inlined import inlined
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
 from pallas_kernels.paged_attention.mosaic_tiles import Interpret
 
@@ -244,24 +246,54 @@ def decode_attention(
     Two kernels, `shape.num_ctas` CTAs and then one small CTA for each pair, and one pass over the queries; no nested
     jit, so that it may run on a stream of its own.  `first_of_layer` is the layer's first page in the flat page axis.
     """
-    scratch = shape.scratch(q.dtype)
+    inputs = kernel_inputs(q, k_pages, v_pages, first_of_layer, page_indices, schedule, shape)
+    num_parts = schedule.parts.shape[0]
+    make = _parts_kernel if interpret is None else functools.partial(_make_parts_kernel, interpret=interpret)
+    acc, lse = make(shape, num_parts, jnp.dtype(q.dtype))(*inputs)
+    return merge_parts(acc, lse, q, schedule, shape, interpret)
 
-    def body(*refs):
+
+def _make_parts_kernel(shape: DecodeShape, num_parts: int, dtype: jnp.dtype, interpret: Interpret) -> Callable:
+    scratch = shape.scratch(dtype)
+
+    def decode_attention_parts(*refs):
         inputs, buffers = refs[: -len(scratch)], refs[-len(scratch) :]
         names = dict(zip(scratch, buffers, strict=True))
         attend_parts(shape, lax.axis_index("cta"), inputs, names, interpret)
 
-    acc, lse = tiles.kernel(
-        body,
+    return tiles.kernel(
+        decode_attention_parts,
         interpret=interpret,
-        out_type=part_types(shape, schedule),
+        out_type=part_types(shape, num_parts),
         scratch_types=list(scratch.values()),
         grid=(shape.num_ctas,),
         grid_names=("cta",),
         num_threads=2,
         thread_name="warpgroup",
-    )(*kernel_inputs(q, k_pages, v_pages, first_of_layer, page_indices, schedule, shape))
-    return merge_parts(acc, lse, q, schedule, shape, interpret)
+    )
+
+
+def _make_merge_kernel(shape: DecodeShape, num_pairs: int, interpret: Interpret) -> Callable:
+    def decode_attention_merge(*refs):
+        _merge_body(shape, interpret, *refs)
+
+    return tiles.kernel(
+        decode_attention_merge,
+        interpret=interpret,
+        out_type=jax.ShapeDtypeStruct((num_pairs, shape.head_dim, shape.heads), jnp.float32),
+        grid=(num_pairs,),
+        grid_names=("pair",),
+    )
+
+
+@functools.cache
+def _parts_kernel(shape: DecodeShape, num_parts: int, dtype: jnp.dtype) -> Callable:
+    return inlined(_make_parts_kernel(shape, num_parts, dtype, None))
+
+
+@functools.cache
+def _merge_kernel(shape: DecodeShape, num_pairs: int) -> Callable:
+    return inlined(_make_merge_kernel(shape, num_pairs, None))
 
 
 def kernel_inputs(
@@ -286,9 +318,8 @@ def kernel_inputs(
     return queries, k_pages, v_pages, page_indices, first, schedule.parts, schedule.cu_parts_of_cta, schedule.kv_lens
 
 
-def part_types(shape: DecodeShape, schedule: DecodeSchedule) -> list[jax.ShapeDtypeStruct]:
+def part_types(shape: DecodeShape, num_parts: int) -> list[jax.ShapeDtypeStruct]:
     """What the first kernel writes: acc [parts h G'] (divided by their sums of weights) and lse [parts G'] (base 2)."""
-    num_parts = schedule.parts.shape[0]
     return [
         jax.ShapeDtypeStruct((num_parts, shape.head_dim, shape.heads), jnp.float32),
         jax.ShapeDtypeStruct((num_parts, shape.heads), jnp.float32),
@@ -305,12 +336,7 @@ def merge_parts(
 ) -> Float[Array, "R H h"]:
     """The second kernel, and its results in the order of `q`."""
     num_pairs = q.shape[0] * shape.num_kv_heads
-    out = tiles.kernel(
-        functools.partial(_merge_body, shape, interpret),
-        interpret=interpret,
-        out_type=jax.ShapeDtypeStruct((num_pairs, shape.head_dim, shape.heads), jnp.float32),
-        grid=(num_pairs,),
-        grid_names=("pair",),
-    )(schedule.cu_parts_of_pair, acc, lse)
+    make = _merge_kernel if interpret is None else functools.partial(_make_merge_kernel, interpret=interpret)
+    out = make(shape, num_pairs)(schedule.cu_parts_of_pair, acc, lse)
     out = lax.slice_in_dim(out, 0, shape.group, axis=2)
     return lax.transpose(out, (0, 2, 1)).reshape(q.shape).astype(q.dtype)

@@ -150,6 +150,12 @@ class CompiledCode:
         )
         return collections.Counter(tuple(map(int, dims.split(","))) for dims in found)
 
+    @property
+    def mosaic_results(self) -> Mapping[tuple[int, ...], int]:
+        """Calls of Mosaic kernels with one result, by its shape."""
+        found = re.findall(r"= \w+\[([\d,]*)\]\S* custom-call\([^)]*\), custom_call_target=\"mosaic_gpu", self.hlo)
+        return collections.Counter(tuple(map(int, dims.split(","))) for dims in found)
+
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:

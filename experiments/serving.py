@@ -15,12 +15,14 @@ from nanojax import scheduler, workload
 from nanojax.admission import make_forecast
 from nanojax.config import PRESETS, EngineConfig, ModelConfig
 from nanojax.models import decoder
+from nanojax.pipeline import execute
 from nanojax.pipeline.ir import Pipeline
 from nanojax.scheduler import Batching, PhaseOrder, Policy
 from nanojax.serve import Driver, Engine
 from nanojax.weights import LoadedModel, Tokenizer, load_model
 from nanojax.weights.chat import TEMPLATES
 from nanojax.workload import Request, SamplingParams, Trace
+from pallas_kernels.device import platform
 
 SMOKE_CONFIG = ModelConfig(
     "smoke", num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=64, vocab_size=257, max_len=2048
@@ -70,7 +72,7 @@ def policy(values: flags.FlagValues) -> Policy:
 def kv_dtype(values: flags.FlagValues) -> jnp.dtype:
     """What the KV pages are stored as: `--kv_dtype`, else as the weights; on a CPU bfloat16 as its bits (see `KVPages`)."""
     wanted = jnp.dtype(values.kv_dtype or values.dtype)
-    return jnp.dtype(jnp.uint16) if wanted == jnp.bfloat16 and jax.default_backend() == "cpu" else wanted
+    return jnp.dtype(jnp.uint16) if wanted == jnp.bfloat16 and platform() == "cpu" else wanted
 
 
 def engine_config(values: flags.FlagValues, loaded: LoadedModel) -> EngineConfig:
@@ -90,6 +92,7 @@ def engine(values: flags.FlagValues, loaded: LoadedModel) -> Engine:
         attention=values.attention,
         pipelines=pipelines(values, loaded),
         use_streams=rungs.uses_streams(values),
+        overlap=values.overlap,
         kv_dtype=kv_dtype(values),
         check_invariants=values.check_invariants,
     )
@@ -134,7 +137,26 @@ def describe(values: flags.FlagValues, loaded: LoadedModel) -> dict[str, Any]:
         "kv_dtype": values.kv_dtype or values.dtype,
     }
     chosen = rungs.described(rungs.choose(values, loaded.config))
-    return {**shown, **capacities, **model, **({"pipeline_by_budget": chosen} if chosen else {})}
+    found = {"pipeline_by_budget": chosen, "paths": _paths(values, loaded) if platform() == "gpu" else {}}
+    return {**shown, **capacities, **model, **{name: value for name, value in found.items() if value}}
+
+
+def _paths(values: flags.FlagValues, loaded: LoadedModel) -> dict[str, dict[str, list[str]]]:
+    """Token budget -> node -> what runs it and why, most layers first."""
+    config, model = engine_config(values, loaded), loaded.config
+    shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, model.head_dim)
+    found: dict[str, dict[str, list[str]]] = {}
+    for budget, pipeline in pipelines(values, loaded).items():
+        own = found.setdefault(str(budget), {})
+        rows = execute.paths(
+            model, pipeline, dtype=values.dtype, pages=jax.ShapeDtypeStruct(shape, kv_dtype(values)),
+            use_streams=rungs.uses_streams(values), overlap=values.overlap,
+        )  # fmt: skip
+        for row in sorted(rows, key=lambda row: -row.num_layers):
+            where = "" if row.path.num_sms is None else f" on {row.path.num_sms} multiprocessors"
+            text = f"{row.path.kernel}{where} in {row.num_layers} layers: {row.path.reason}"
+            own.setdefault(row.node, []).append(text)
+    return found
 
 
 def _prompts(values: flags.FlagValues, loaded: LoadedModel, num_requests: int, sampling: SamplingParams) -> Work:

@@ -93,7 +93,8 @@ class Engine:
 
     `clock` gives seconds; everything else that the engine touches comes in through its arguments.  `records` and `steps` grow
     as requests finish and steps are read; `reset_metrics` empties them.  `pipelines` says how steps of a token budget run
-    (ValueError as `execute.forward_per_budget`), `use_streams` whether on the GPU streams they name; `forward` takes the place of the model, pipelines included.
+    (ValueError as `execute.forward_per_budget`), `use_streams` whether on the GPU streams they name, `overlap` how these divide the
+    GPU (as in `execute.forward`); `forward` takes the place of the model, pipelines included.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Engine:
         attention: str | None = None,
         pipelines: Mapping[int, Pipeline] | None = None,
         use_streams: bool = False,
+        overlap: str | None = None,
         kv_dtype=jnp.float32,
         forward: Forward | None = None,
         steps_per_launch: int = 8,
@@ -122,8 +124,9 @@ class Engine:
         self._params, self._state = jax.device_put((params, core.init(config, model, kv_dtype)), device)
         self._clock = clock
         forwards = execute.forward_per_budget(
-            model, config.token_budgets, pipelines or {}, attention=attention, use_streams=use_streams
-        )
+            model, config.token_budgets, pipelines or {}, attention=attention, use_streams=use_streams,
+            overlap=overlap,
+        )  # fmt: skip
         if forward is not None:
             forwards = dict.fromkeys(config.token_budgets, forward)
         self._load = jax.jit(core.load, donate_argnums=0)

@@ -2,6 +2,9 @@
 
 import jax
 
+# Compute capabilities of GPUs that code is compiled for where there is none.
+CAPABILITIES = {"A100": 80, "A30": 80, "A10": 86, "L4": 89, "L40": 89, "L40S": 89, "H100": 90, "H200": 90, "GH200": 90}
+
 
 def platform() -> str:
     """cpu, gpu or tpu."""
@@ -16,3 +19,25 @@ def num_multiprocessors() -> int:
     if not count:
         raise ValueError(f"{jax.devices()[0].device_kind!r} has no count of multiprocessors")
     return count
+
+
+def compute_capability() -> int | None:
+    """10 * major + minor version of the GPU that JAX traces for, None if it traces for none that is known."""
+    device = jax.devices()[0]
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.device_kind != device.device_kind:
+        names = [name for name in abstract.device_kind.replace("-", " ").split() if name in CAPABILITIES]
+        return CAPABILITIES[names[0]] if names else None
+    if device.platform != "gpu":
+        return None
+    return int(device.compute_capability.replace(".", ""))
+
+
+def why_not_hopper() -> str | None:
+    """What keeps kernels made of Hopper's wgmma and TMA from the device, None if nothing does."""
+    if platform() != "gpu":
+        return f"runs on 'gpu', not on {platform()!r}"
+    capability = compute_capability()
+    if capability is None or capability // 10 != 9:
+        return f"is made of Hopper's wgmma, compute capability 9, which this GPU ({capability}) does not have"
+    return None

@@ -16,36 +16,12 @@ import jax
 from jax.typing import DTypeLike
 from jaxlib import gpu_triton
 
+from pallas_kernels.device import compute_capability
+
 TARGET = "triton_kernel_call_ffi"
 DTYPES = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int64": "i64", "uint16": "u16",
 }  # fmt: skip
-# Compute capabilities of GPUs that code is compiled for where there is none.
-CAPABILITIES = {"A100": 80, "A30": 80, "A10": 86, "L4": 89, "L40": 89, "L40S": 89, "H100": 90, "H200": 90, "GH200": 90}
-
-
-def compute_capability() -> int | None:
-    """10 * major + minor version of the GPU that JAX traces for, None if it traces for none that is known.
-
-    This is the GPU of the abstract mesh in use, if there is one (compilation for a GPU that is not there), else the
-    default device.
-    """
-    device = jax.devices()[0]
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None and abstract.device_kind != device.device_kind:
-        names = [name for name in abstract.device_kind.replace("-", " ").split() if name in CAPABILITIES]
-        return CAPABILITIES[names[0]] if names else None
-    if device.platform != "gpu":
-        return None
-    return int(device.compute_capability.replace(".", ""))
-
-
-def core_count() -> int:
-    """Streaming multiprocessors of the GPU that JAX traces for."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    cores = abstract.num_cores if abstract is not None else jax.devices()[0].core_count
-    assert cores is not None
-    return cores
 
 
 def why_not() -> str | None:

@@ -9,6 +9,7 @@ import pytest
 from experiments import compiled_code, gpu_steps, kernel_resources, scheduled_hlo, thunk_plan
 from nanojax.config import PRESETS
 from nanojax.pipeline import library, streams
+from nanojax.pipeline.ir import OpKind
 
 gpu_compile = pytest.mark.gpu_compile
 needs_plugin = pytest.mark.skipif(compiled_code.why_not() is not None, reason=str(compiled_code.why_not()))
@@ -211,3 +212,19 @@ def test_a_llama_8b_step_is_one_graph_that_overlaps_nano_batches_and_updates_the
     assert {region.stream for region in code.regions} == {"computation_stream[1]", "computation_stream[2]"}
     assert not [kernel for kernel in code.kernels if kernel.spill_bytes]
     assert all(code.target.blocks_per_core(kernel) >= 1 for kernel in code.kernels)
+    # Shares became CTAs: products and decode attention side by side have the device to themselves, one CTA a core.
+    num_ctas = {
+        name: {kernel.num_blocks for kernel in code.kernels if kernel.name.startswith(name)}
+        for name in ("persistent_matmul", "decode_attention_parts")
+    }
+    assert num_ctas == {"persistent_matmul": {79}, "decode_attention_parts": {53}}, "0.6 and 0.4 of 132"
+    assert code.target.number("core_count") == 79 + 53
+    fat = [kernel for kernel in code.kernels if kernel.name.startswith(tuple(num_ctas))]
+    assert {code.target.blocks_per_core(kernel) for kernel in fat} == {1}
+    # Only where an operation has nothing beside it is the product the library's; the logits are, too.
+    first, second = (pipeline.tokens_of(node).num_tokens for node in pipeline.nodes if node.op is OpKind.KQV)
+    assert code.matmuls == {
+        (first, 6144): 1, (second, 4096): 2, (second, 28672): 1, (1024, model.vocab_size): 1,
+    }  # fmt: skip
+    in_streams = [thunk.kind for region in code.regions for thunk in region.thunks if "Cublas" in thunk.kind]
+    assert len(in_streams) == 4

@@ -8,7 +8,7 @@ import jax
 from jax.experimental import compute_on
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from nanojax import hardware
+from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.matmul import matmul
 from pallas_kernels.paged_attention import paged_attention
 
@@ -51,17 +51,11 @@ def in_layers(make: Callable[[int], Callable[..., jax.Array]], num_layers: int) 
     return attend
 
 
-def num_cores() -> int:
-    """Multiprocessors of the device that is traced for: the abstract one where there is one, else the one here."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    return hardware.detect().num_cores if abstract is None else abstract.num_cores
-
-
 def matmuls(is_smoke: bool) -> Mapping[str, Callable[..., jax.Array]]:
     """Products `f(x, weight)` of bfloat16 with a bfloat16 result, on the whole device, but for XLA's own."""
     if is_smoke:
         return {"matmul api": lambda x, w: matmul(x, w).astype(x.dtype)}
-    return {"mosaic_gpu": lambda x, w: _mosaic_matmul(num_cores())(x, w)}
+    return {"mosaic_gpu": lambda x, w: _mosaic_matmul(num_multiprocessors())(x, w)}
 
 
 def each(product: Callable[[Any, Any], Any]) -> Callable[[Any, list[Any]], list[Any]]:

@@ -14,8 +14,9 @@ from flax import nnx
 
 from nanojax.array_types import Array, Float, Int32, Key, Params
 from nanojax.config import ModelConfig, RopeScaling
-from nanojax.models.layers import RMSNorm, contract, normal
+from nanojax.models.layers import RMSNorm, contract, normal, on_ctas
 from nanojax.models.moe import MixtureOfExperts, Routes
+from pallas_kernels.matmul import matmul
 
 
 class FeedForward(nnx.Module):
@@ -25,14 +26,17 @@ class FeedForward(nnx.Module):
         self.gate_up = normal(rngs, (config.d_model, 2, config.d_ff), dtype)
         self.down = normal(rngs, (config.d_ff, config.d_model), dtype)
 
-    def up_gate(self, x: Float[Array, "t D"]) -> Float[Array, "t F"]:
-        """`silu(gate x) * (up x)`."""
-        gate, up = jnp.moveaxis(contract(x, self.gate_up[...]), 1, 0)
-        return jax.nn.silu(gate) * up
+    def up_gate(self, x: Float[Array, "t D"], *, num_ctas: int | None = None) -> Float[Array, "t F"]:
+        """`silu(gate x) * (up x)`.  `num_ctas` as in `contract`, and then rounded as the next product takes it."""
+        kernel = self.gate_up[...]
+        out_dtype = jnp.float32 if num_ctas is None else kernel.dtype
+        return matmul(x, kernel, out_dtype=out_dtype, **on_ctas(num_ctas))
 
-    def project_down(self, hidden: Float[Array, "t F"]) -> Float[Array, "t D"]:
-        """Back to the model's width."""
-        return contract(hidden, self.down[...])
+    def project_down(
+        self, hidden: Float[Array, "t F"], residual: Float[Array, "t D"] | None = None, *, num_ctas: int | None = None
+    ) -> Float[Array, "t D"]:
+        """Back to the model's width; added to `residual`."""
+        return matmul(hidden, self.down[...], residual, **on_ctas(num_ctas))
 
 
 class Attention(nnx.Module):
@@ -45,9 +49,9 @@ class Attention(nnx.Module):
         if config.qkv_bias:
             self.bias = nnx.Param(jnp.zeros(shape, jnp.float32))
 
-    def __call__(self, x: Float[Array, "t D"]) -> Float[Array, "t K G2 h"]:
+    def __call__(self, x: Float[Array, "t D"], *, num_ctas: int | None = None) -> Float[Array, "t K G2 h"]:
         """All three projections in one product."""
-        y = contract(x, self.kernel[...])
+        y = contract(x, self.kernel[...], num_ctas=num_ctas)
         return y + self.bias[...] if hasattr(self, "bias") else y
 
 
@@ -58,14 +62,21 @@ class OutProjection(nnx.Module):
         groups = config.num_heads // config.num_kv_heads
         self.kernel = normal(rngs, (config.num_kv_heads, groups, config.head_dim, config.d_model), dtype)
 
-    def __call__(self, attended: Float[Array, "t H h"]) -> Float[Array, "t D"]:
-        """Heads joined, then projected."""
+    def __call__(
+        self,
+        attended: Float[Array, "t H h"],
+        residual: Float[Array, "t D"] | None = None,
+        *,
+        num_ctas: int | None = None,
+    ) -> Float[Array, "t D"]:
+        """Heads joined, then projected; added to `residual`."""
         kernel = self.kernel[...]
-        return contract(attended.reshape(attended.shape[0], -1), kernel.reshape(-1, kernel.shape[-1]))
+        heads = attended.reshape(attended.shape[0], -1)
+        return matmul(heads, kernel.reshape(-1, kernel.shape[-1]), residual, **on_ctas(num_ctas))
 
 
 class DecoderLayer(nnx.Module):
-    """One pre-norm layer as operations on any contiguous part `t` of the ragged batch."""
+    """One pre-norm layer as operations on any contiguous part `t` of the ragged batch; `num_ctas` as in `contract`."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(config.d_model, config.rms_eps)
@@ -78,10 +89,10 @@ class DecoderLayer(nnx.Module):
         self.ffn = (MixtureOfExperts if config.num_experts else FeedForward)(config, dtype, rngs)
 
     def project_qkv(
-        self, x: Float[Array, "t D"], rope: Float[Array, "2 t h2"]
+        self, x: Float[Array, "t D"], rope: Float[Array, "2 t h2"], *, num_ctas: int | None = None
     ) -> tuple[Float[Array, "t H h"], Float[Array, "t K h"], Float[Array, "t K h"]]:
         """Norm, joint projection, optional query/key norm (Qwen3), rotation of queries and keys."""
-        y = self.qkv(self.attn_norm(x))
+        y = self.qkv(self.attn_norm(x), num_ctas=num_ctas)
         t, num_kv_heads, width, head_dim = y.shape
         q_and_k, v = y[:, :, :-1], y[:, :, -1]
         if hasattr(self, "q_norm"):
@@ -89,18 +100,21 @@ class DecoderLayer(nnx.Module):
         q_and_k = rotate(q_and_k, rope)
         return q_and_k[:, :, :-1].reshape(t, num_kv_heads * (width - 2), head_dim), q_and_k[:, :, -1], v
 
-    def project_out(self, x: Float[Array, "t D"], attended: Float[Array, "t H h"]) -> Float[Array, "t D"]:
+    def project_out(
+        self, x: Float[Array, "t D"], attended: Float[Array, "t H h"], *, num_ctas: int | None = None
+    ) -> Float[Array, "t D"]:
         """The residual stream after attention."""
-        return x + self.out(attended)
+        return self.out(attended, x, num_ctas=num_ctas)
 
     def route(self, x: Float[Array, "t D"]) -> Routes:
         """Norm and router of a mixture of experts: the choice that `up_gate` takes."""
         assert isinstance(self.ffn, MixtureOfExperts)
         return self.ffn.route(self.ffn_norm(x))
 
-    def up_gate(self, x: Float[Array, "t D"], *routes: Routes):
-        """Norm, gate and up projections; what it returns is only for `down`."""
-        return self.ffn.up_gate(self.ffn_norm(x), *routes)
+    def up_gate(self, x: Float[Array, "t D"], *routes: Routes, num_ctas: int | None = None):
+        """Norm, gate and up projections; what it returns is only for `down`.  No `num_ctas` for a mixture of experts."""
+        own = {} if num_ctas is None else {"num_ctas": num_ctas}
+        return self.ffn.up_gate(self.ffn_norm(x), *routes, **own)
 
     def down(self, x: Float[Array, "t D"], hidden) -> Float[Array, "t D"]:
         """The residual stream after the feed-forward."""

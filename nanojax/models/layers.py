@@ -1,5 +1,7 @@
 """Which pieces do all layers share?  RMS norm, the one matrix product, weight initialisation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,6 +28,18 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, scale: floa
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype))
 
 
-def contract(x: Float[Array, "t c"], kernel: Float[Array, "c *out"]) -> Float[Array, "t *out"]:
-    """`x @ kernel`: operands in the kernel's dtype, sums and result in float32."""
-    return matmul(x, kernel.reshape(kernel.shape[0], -1)).reshape(x.shape[0], *kernel.shape[1:])
+def contract(
+    x: Float[Array, "t c"], kernel: Float[Array, "c *out"], *, num_ctas: int | None = None
+) -> Float[Array, "t *out"]:
+    """`x @ kernel`: operands in the kernel's dtype, sums and result in float32.
+
+    num_ctas: multiprocessors of a Hopper GPU that shall compute it, for which `matmul` has a kernel; None leaves it to the
+      platform's best one.
+    """
+    product = matmul(x, kernel.reshape(kernel.shape[0], -1), **on_ctas(num_ctas))
+    return product.reshape(x.shape[0], *kernel.shape[1:])
+
+
+def on_ctas(num_ctas: int | None) -> dict[str, Any]:
+    """What `matmul` has to be told for that."""
+    return {} if num_ctas is None else {"implementation": "mosaic_gpu", "num_ctas": num_ctas}

@@ -1,10 +1,13 @@
 """How is a step's forward pass run?  The operations of every layer, in order or cut up by a pipeline, over the paged KV cache."""
 
+import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from nanojax import kv_cache
 from nanojax.array_types import Array, Float32, Params
@@ -13,7 +16,8 @@ from nanojax.config import ModelConfig
 from nanojax.kv_cache import KVPages
 from nanojax.models import decoder
 from nanojax.pipeline.ir import OpKind, Pipeline
-from nanojax.pipeline.layer_loop import run_layers
+from nanojax.pipeline.kernel_paths import Path, choose, room_here
+from nanojax.pipeline.layer_loop import attention_calls, phases, run_layers
 from nanojax.pipeline.validate import validate
 from pallas_kernels.paged_attention import paged_attention
 
@@ -27,6 +31,7 @@ def forward(
     pipeline: Pipeline | None = None,
     attention: str | None = None,
     use_streams: bool = False,
+    overlap: str | None = None,
 ) -> tuple[Float32[Array, "R V"], KVPages]:
     """Logits after the last token of each row, and the cache with this step's keys and values; on one device.
 
@@ -34,9 +39,11 @@ def forward(
       same logits but for rounding.
     attention: names the implementation of `paged_attention`; None lets it choose.
     use_streams: put each node on the GPU stream that it names (see `streams`); of no use on a CPU.
+    overlap: how nodes side by side divide a Hopper GPU (see `kernel_paths`): the form of `pallas_kernels.overlap`, the best
+      one if None; "xla" leaves it to the GPU's scheduler.
 
     Layers are unrolled: a scan would copy each layer's weights and keep XLA from overlapping operations of neighbouring
-    layers.  Raises ValueError as `check` does.
+    layers.  Raises ValueError as `check` does, NotImplementedError for a form that does not exist.
     """
     model = decoder.bind(config, params)
     # Behind a barrier, or XLA computes the sines and cosines again inside every layer's fusion.
@@ -47,8 +54,9 @@ def forward(
     else:
         check(pipeline, config, batch.tokens.shape[0])
         x, kv = run_layers(
-            list(model.layers), x, rope, kv, batch, pipeline, attention=attention, use_streams=use_streams
-        )
+            list(model.layers), x, rope, kv, batch, pipeline, attention=attention, use_streams=use_streams,
+            room=room_here(overlap, use_streams=use_streams),
+        )  # fmt: skip
     with jax.named_scope("logits"):
         last = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
         return model.logits(x[last]), kv
@@ -65,6 +73,41 @@ def check(pipeline: Pipeline, config: ModelConfig, num_tokens: int, *, num_devic
         raise ValueError(f"pipeline {pipeline.name!r} has a router, but {config.name} has no experts")
 
 
+@dataclasses.dataclass(frozen=True)
+class NodePath:
+    """How a node runs in `num_layers` of the layers.    node: its label in the pipeline."""
+
+    node: str
+    num_layers: int
+    path: Path
+
+
+def paths(
+    config: ModelConfig,
+    pipeline: Pipeline,
+    *,
+    dtype: DTypeLike,
+    pages: jax.ShapeDtypeStruct,
+    use_streams: bool,
+    overlap: str | None = None,
+) -> tuple[NodePath, ...]:
+    """What runs each node of `forward` on the device that is traced for, and why: for a record.  Nothing is computed.
+
+    dtype: of the weights.    pages: [L N K p h], of keys or values.    The rest as in `forward`.
+    A node may run in several ways: in the first and the last layer it has other company than in those between.
+    """
+    one_layer = dataclasses.replace(config, num_layers=1)
+    layer = decoder.bind(one_layer, decoder.abstract_params(one_layer, dtype)).layers[0]
+    calls, room = attention_calls(pipeline), room_here(overlap, use_streams=use_streams)
+    found: collections.Counter[tuple[int, Path]] = collections.Counter()
+    for phase in phases(pipeline, config.num_layers, use_streams=use_streams):
+        found.update(choose(pipeline, [i for _, i in phase], calls, room, layer, pages).items())
+    return tuple(
+        NodePath(pipeline.label(i), count, path)
+        for (i, path), count in sorted(found.items(), key=lambda one: one[0][0])
+    )
+
+
 def forward_per_budget(
     config: ModelConfig,
     budgets: Sequence[int],
@@ -72,6 +115,7 @@ def forward_per_budget(
     *,
     attention: str | None = None,
     use_streams: bool = False,
+    overlap: str | None = None,
 ) -> dict[int, Callable[[Params, KVPages, RaggedBatch], tuple[Float32[Array, "R V"], KVPages]]]:
     """`forward` for batches of each of `budgets` tokens, with the pipeline of that budget where there is one.
 
@@ -83,7 +127,12 @@ def forward_per_budget(
         check(pipeline, config, budget)
     return {
         budget: functools.partial(
-            forward, config, pipeline=pipelines.get(budget), attention=attention, use_streams=use_streams
+            forward,
+            config,
+            pipeline=pipelines.get(budget),
+            attention=attention,
+            use_streams=use_streams,
+            overlap=overlap,
         )
         for budget in budgets
     }

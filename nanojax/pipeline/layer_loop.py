@@ -17,10 +17,11 @@ from nanojax import kv_cache
 from nanojax.array_types import Array, Bool, Float, Int32
 from nanojax.batch import RaggedBatch
 from nanojax.kv_cache import KVPages
-from nanojax.models.decoder import DecoderLayer
+from nanojax.models.decoder import DecoderLayer, FeedForward
 from nanojax.models.moe import RoutedHidden
 from nanojax.pipeline import streams
 from nanojax.pipeline.ir import NanoBatch, Node, OpKind, Pipeline
+from nanojax.pipeline.kernel_paths import NO_ROOM, Path, Room, choose, decode_on
 from nanojax.pipeline.pieces import Pieces
 from pallas_kernels.paged_attention import paged_attention
 
@@ -47,23 +48,25 @@ class Network:
 def run_layers(
     layers: Sequence[DecoderLayer], x: Float[Array, "T D"], rope: Float[Array, "2 T h2"], kv: KVPages, batch: RaggedBatch,
     pipeline: Pipeline, *, network: Network | None = None, attention: str | None = None, use_streams: bool = False,
+    room: Room = NO_ROOM,
 ) -> tuple[Float[Array, "T D"], KVPages]:  # fmt: skip
     """The residual stream after the last layer, and the cache with this step's keys and values.
 
-    The pipeline is valid and of `T` tokens; `network` is None on one device; the rest is as in `execute.forward`.
+    The pipeline is valid and of `T` tokens; `network` is None on one device; `room` is what nodes side by side divide; the
+    rest is as in `execute.forward`.
     """
     calls = attention_calls(pipeline)
     with jax.named_scope("cut"):
         loop = _Loop(
             layers, rope, kv, pipeline, network or Network(layers, lambda part, axis: part, lambda part: part), attention,
-            use_streams, calls, _rows_of_calls(pipeline, calls, batch),
+            use_streams, room, calls, _rows_of_calls(pipeline, calls, batch),
             is_decode=jnp.arange(batch.tokens.shape[0]) < batch.num_decode,
             pages=batch.pages, offset=batch.positions % kv.k.shape[3],
         )  # fmt: skip
     whole = NanoBatch(0, pipeline.num_tokens)
     loop.pieces.put(INPUT, 0, whole, x)
     loop.pieces.settle()
-    for phase in phases(pipeline, len(layers)) if use_streams else ([step] for step in _steps(pipeline, len(layers))):
+    for phase in phases(pipeline, len(layers), use_streams=use_streams):
         loop.run([(i, iteration - pipeline.nodes[i].lag) for iteration, i in phase])
     return loop.pieces.get(INPUT, len(layers), whole), loop.kv
 
@@ -96,13 +99,16 @@ def _steps(pipeline: Pipeline, num_layers: int) -> Iterator[Step]:
                 yield iteration, i
 
 
-def phases(pipeline: Pipeline, num_layers: int) -> Iterator[list[Step]]:
-    """The steps in launch order, cut where one needs what another stream began since the last cut.
+def phases(pipeline: Pipeline, num_layers: int, *, use_streams: bool = True) -> Iterator[list[Step]]:
+    """The steps in launch order, cut where one needs what another stream began since the last cut; else one by one.
 
     XLA overlaps calls on different streams well where what they give is joined before anything goes on, so each phase ends
     with a join; inside of it streams do not wait for each other.  Attention also begins a phase after the projection of its
     keys and values, which reach the cache at the join.
     """
+    if not use_streams:
+        yield from ([step] for step in _steps(pipeline, num_layers))
+        return
     nodes, phase = pipeline.nodes, []
     for iteration, i in _steps(pipeline, num_layers):
         needed = [(iteration, dep) for dep in nodes[i].deps] + [(iteration - 1, dep) for dep in nodes[i].carried_deps]
@@ -122,10 +128,10 @@ def phases(pipeline: Pipeline, num_layers: int) -> Iterator[list[Step]]:
 
 @dataclasses.dataclass
 class _Loop:
-    """What the nodes share while a step is traced; `kv`, `pieces` and `reads` move on from node to node.
+    """What the nodes share while a step is traced; `kv`, `pieces`, `reads` and `paths` move on from node to node.
 
     calls: see `attention_calls`.    rows: the batch of each call, by range and operations.
-    reads: results of attention that no write to the cache has waited for yet.
+    reads: results of attention that no write to the cache has waited for yet.    paths: of the nodes of this phase.
     """
 
     layers: Sequence[DecoderLayer]
@@ -135,6 +141,7 @@ class _Loop:
     network: Network
     attention: str | None
     use_streams: bool
+    room: Room
     calls: Mapping[int, tuple[OpKind, ...]]
     rows: Mapping[tuple[NanoBatch, tuple[OpKind, ...]], RaggedBatch]
     is_decode: Bool[Array, "T"]
@@ -142,10 +149,12 @@ class _Loop:
     offset: Int32[Array, "T"]
     pieces: Pieces = dataclasses.field(default_factory=Pieces)
     reads: list = dataclasses.field(default_factory=list)
+    paths: dict[int, Path] = dataclasses.field(default_factory=dict)
 
     def run(self, phase: Sequence[tuple[int, int]]) -> None:
         """A phase, nodes given with their layers; then joined, and its keys and values written."""
         phase = [(i, layer) for i, layer in phase if self.calls.get(i) != ()]  # else a twin does it
+        self.paths = choose(self.pipeline, [i for i, _ in phase], self.calls, self.room, self.layers[0], self.kv.k)
         for i, layer in phase:
             self._store(i, layer, self._compute(i, layer))
         self.pieces.settle(is_join=len({self.pipeline.nodes[i].stream for i, _ in phase}) > 1)
@@ -155,19 +164,19 @@ class _Loop:
 
     def _compute(self, index: int, layer: int) -> Any:
         """The result of node `index`."""
-        node = self.pipeline.nodes[index]
+        node, path = self.pipeline.nodes[index], self.paths[index]
         tokens = self.pipeline.tokens_of(node)
         name = "+".join(op.value for op in self.calls.get(index, (node.op,)))
         with jax.named_scope(f"layer{layer}"), jax.named_scope(f"{name}[{tokens.start}:{tokens.stop}]"):
             match node.op:
                 case OpKind.KQV:
-                    return self._project_qkv(node, layer, tokens)
+                    return self._project_qkv(node, layer, tokens, path.num_sms)
                 case OpKind.DEC_ATTN | OpKind.PF_ATTN:
-                    return self._attend(node, layer, tokens, self.rows[tokens, self.calls[index]])
+                    return self._attend(node, layer, tokens, self.rows[tokens, self.calls[index]], path)
                 case OpKind.ATTN_AG:
                     return self.network.gather(self._attended(layer, tokens), 1)
                 case OpKind.O:
-                    return self._project_out(node, layer, tokens)
+                    return self._project_out(node, layer, tokens, path.num_sms)
                 case OpKind.O_AG:
                     return self.network.gather(self.pieces.get(OpKind.O, layer, tokens), 1)
                 case OpKind.O_AR:
@@ -175,9 +184,9 @@ class _Loop:
                 case OpKind.ROUTER:
                     return self._launch(node, lambda: self.layers[layer].route(self.pieces.get(MIDDLE, layer, tokens)))
                 case OpKind.UG:
-                    return self._up_gate(node, layer, tokens)
+                    return self._up_gate(node, layer, tokens, path.num_sms)
                 case OpKind.D:
-                    return self._down(node, layer, tokens)
+                    return self._down(node, layer, tokens, path.num_sms)
                 case OpKind.D_AR:
                     return self.network.add(self.pieces.get(OpKind.D, layer, tokens))
 
@@ -201,12 +210,12 @@ class _Loop:
             return operation()
         return streams.launch(node.stream, operation, has_loops=node.op in ATTENTION)
 
-    def _project_qkv(self, node: Node, layer: int, tokens: NanoBatch) -> Any:
+    def _project_qkv(self, node: Node, layer: int, tokens: NanoBatch, num_ctas: int | None) -> Any:
         """Queries, keys and values; a stream gives them as one array."""
 
         def project() -> Any:
             x, rope = self.pieces.get(INPUT, layer, tokens), self.rope[:, tokens.start : tokens.stop]
-            results = self.layers[layer].project_qkv(x, rope)
+            results = self.layers[layer].project_qkv(x, rope, num_ctas=num_ctas)
             results = tuple(result.astype(self.kv.value_dtype) for result in results)
             return jnp.concatenate(results, axis=1) if self.use_streams else results
 
@@ -228,8 +237,14 @@ class _Loop:
         self.reads = []
         self.kv = kv_cache.write(self.kv, layer, k, v, pages, self.offset[part])
 
-    def _attend(self, node: Node, layer: int, tokens: NanoBatch, rows: RaggedBatch) -> Float[Array, "t H h"]:
+    def _attend(
+        self, node: Node, layer: int, tokens: NanoBatch, rows: RaggedBatch, path: Path
+    ) -> Float[Array, "t H h"]:
         q, _, _ = self._projected(layer, tokens)
+        if path.num_sms is not None:
+            attend_decode = decode_on(path.num_sms, path.kernel, q, self.kv, layer, rows)
+            self.reads.append(self._launch(node, attend_decode))
+            return self.reads[-1]
 
         def attend() -> Array:
             return paged_attention(
@@ -249,13 +264,14 @@ class _Loop:
         is_decode = self.is_decode[tokens.start : tokens.stop, None, None]
         return jnp.where(is_decode, self.pieces.get(OpKind.DEC_ATTN, layer, tokens), from_prefill)
 
-    def _project_out(self, node: Node, layer: int, tokens: NanoBatch) -> Float[Array, "t D"]:
+    def _project_out(self, node: Node, layer: int, tokens: NanoBatch, num_ctas: int | None) -> Float[Array, "t D"]:
         """The residual stream after attention; only what O adds to it where several devices share the layer."""
         own, shared = self.layers[layer], self.network.columns[layer]
 
         def project() -> Array:
             if not self.pipeline.is_tensor_parallel:
-                return own.project_out(self.pieces.get(INPUT, layer, tokens), self._attended(layer, tokens))
+                x, attended = self.pieces.get(INPUT, layer, tokens), self._attended(layer, tokens)
+                return own.project_out(x, attended, num_ctas=num_ctas)
             if any(
                 other.op is OpKind.O_AG and self.pipeline.tokens_of(other).intersects(tokens)
                 for other in self.pipeline.nodes
@@ -265,21 +281,26 @@ class _Loop:
 
         return self._launch(node, project)
 
-    def _up_gate(self, node: Node, layer: int, tokens: NanoBatch) -> Any:
+    def _up_gate(self, node: Node, layer: int, tokens: NanoBatch, num_ctas: int | None) -> Any:
         has_router = any(other.op is OpKind.ROUTER for other in self.pipeline.nodes)
 
         def up_gate() -> Any:
             routes = [self.pieces.get(OpKind.ROUTER, layer, tokens)] if has_router else []
-            return self.layers[layer].up_gate(self.pieces.get(MIDDLE, layer, tokens), *routes)
+            return self.layers[layer].up_gate(self.pieces.get(MIDDLE, layer, tokens), *routes, num_ctas=num_ctas)
 
         return self._launch(node, up_gate)
 
-    def _down(self, node: Node, layer: int, tokens: NanoBatch) -> Float[Array, "t D"]:
+    def _down(self, node: Node, layer: int, tokens: NanoBatch, num_ctas: int | None) -> Float[Array, "t D"]:
         """The residual stream after the layer; only what D adds to it where several devices share the layer."""
-        project = self.layers[layer].ffn.project_down
+        ffn = self.layers[layer].ffn
+        project = ffn.project_down
         pieces = self.pieces.touching(OpKind.UG, layer, tokens)
 
         def down() -> Array:
+            if num_ctas is not None:
+                assert isinstance(ffn, FeedForward)  # no kernel takes experts: see `kernel_paths`
+                x, hidden = self.pieces.get(MIDDLE, layer, tokens), self.pieces.get(OpKind.UG, layer, tokens)
+                return ffn.project_down(hidden, x, num_ctas=num_ctas)
             if not isinstance(pieces[0][1], RoutedHidden):
                 change = project(self.pieces.get(OpKind.UG, layer, tokens))
             else:  # sorted by expert and hence not to be joined: each piece is projected by itself

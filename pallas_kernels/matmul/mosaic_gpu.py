@@ -7,6 +7,8 @@ done in registers, one pass over memory less.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,6 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
+
+from pallas_kernels.inlined import inlined
 
 NUM_CONSUMERS, PRODUCER = 2, 2
 NUM_WARPGROUPS = 3
@@ -156,20 +160,29 @@ def matmul(
     if reason is not None:
         raise NotImplementedError(f"the persistent matmul {reason}")
     shape = shape_of(x, kernel, residual, num_ctas=num_ctas, out_dtype=out_dtype, config=config)
+    run = _kernel(shape) if interpret is None else _make_kernel(shape, interpret)
+    return run(x, kernel.reshape(shape.k, shape.n), *(() if residual is None else (residual,)))
+
+
+def _make_kernel(shape: Shape, interpret: Interpret) -> Callable[..., Array]:
     scratch = shape.scratch()
 
-    def body(*refs):
+    def persistent_matmul(*refs):
         inputs, buffers = refs[: -len(scratch)], refs[-len(scratch) :]
         multiply_tiles(shape, lax.axis_index("cta"), inputs, dict(zip(scratch, buffers, strict=True)))
 
-    call = launch(
-        body,
-        num_ctas,
+    return launch(
+        persistent_matmul,
+        shape.num_ctas,
         interpret,
         out_type=jax.ShapeDtypeStruct((shape.m, shape.n // shape.parts), shape.out_dtype),
         scratch_types=list(scratch.values()),
     )
-    return call(x, kernel.reshape(shape.k, shape.n), *(() if residual is None else (residual,)))
+
+
+@functools.cache
+def _kernel(shape: Shape) -> Callable[..., Array]:
+    return inlined(_make_kernel(shape, None))
 
 
 def shape_of(x, kernel, residual, *, num_ctas: int, out_dtype=jnp.float32, config: Config | None = None) -> Shape:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -21,6 +20,11 @@ FORMS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "sm_exclusive": sm_exclusive.run,
     "capped_grid": capped_grid.run,
 }
+PREPARE: dict[str, Callable[[int, dict[str, Any]], decode.Decode]] = {
+    "sm_exclusive": sm_exclusive.prepare,
+    "capped_grid": capped_grid.prepare,
+}
+"""Forms of two kernels: number of multiprocessors, arguments of attention -> a call that a stream may run beside a product."""
 DEFAULT_FORM = "sm_exclusive"
 
 
@@ -46,11 +50,50 @@ def path_for(form: str | None, x: Any, kernel: Any, q: Any, k_pages: Any, v_page
         return Path("xla", f"{wish} runs on 'gpu', not on {platform!r}")
     for operation, reason in (
         ("the product", persistent.why_not(x, kernel)),
-        ("attention", decode.why_not(q, k_pages, v_pages)),
+        ("attention", why_not_decode(wish, q, k_pages, v_pages)),
     ):
         if reason is not None:
             return Path("xla", f"{operation} of {wish} {reason}")
     return Path(wish, "default" if form is None else "asked for")
+
+
+def why_not_decode(form: str, q: Any, k_pages: Any, v_pages: Any) -> str | None:
+    """What keeps a form's attention from arrays of these shapes [R H h] and [L N K p h] and dtypes; None if nothing does."""
+    reason = decode.why_not(q, k_pages, v_pages)
+    if reason is None:
+        try:
+            num_stages = sm_exclusive.num_stages(q, k_pages) if form != "capped_grid" else capped_grid.NUM_STAGES
+            decode.smem_bytes(q, k_pages, num_stages)
+        except ValueError as error:
+            return f"does not fit: {error}"
+    return reason
+
+
+def decode_on(
+    form: str,
+    num_sms: int,
+    q: Float[Array, "R H h"],
+    k_pages: Float[Array, "L N K p h"],
+    v_pages: Float[Array, "L N K p h"],
+    layer: int,
+    kv_lens: Int32[Array, "R"],
+    page_indices: Int32[Array, "R P"],
+    num_decode: Int32[Array, ""],
+    *,
+    sm_scale: float | None = None,
+    interpret: Any = None,
+) -> Callable[[], Float[Array, "R H h"]]:
+    """A form's attention alone, on `num_sms` multiprocessors, for whoever launches the product beside it himself.
+
+    The call that is returned has no jit in it, so that a stream can run it.  Arguments as in `matmul_and_decode_attention`.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
+    attention = {
+        "q": q, "k_pages": k_pages, "v_pages": v_pages, "layer": layer, "kv_lens": kv_lens,
+        "page_indices": page_indices, "num_decode": num_decode, "sm_scale": scale,
+    }  # fmt: skip
+    call = PREPARE[form](num_sms, attention)
+    return lambda: decode.attend(call, call.inputs, call.schedule, interpret)
 
 
 def matmul_and_decode_attention(
@@ -110,13 +153,8 @@ def matmul_and_decode_attention(
 
 def _in_order(x, kernel, residual, attention: dict[str, Any], out_dtype) -> tuple[Array, Array]:
     """Both operations as their own folders run them, one after the other."""
-    product = matmul(x, kernel.reshape(kernel.shape[0], -1))
-    if kernel.ndim == 3:
-        gate, up = jnp.split(product, 2, axis=1)
-        product = jax.nn.silu(gate) * up
-    if residual is not None:
-        product += residual.astype(product.dtype)
+    product = matmul(x, kernel, residual, out_dtype=out_dtype)
     num_rows = attention["kv_lens"].shape[0]
     cu_q_lens = jnp.minimum(jnp.arange(num_rows + 1, dtype=jnp.int32), attention["num_decode"])
     attended = paged_attention(cu_q_lens=cu_q_lens, implementation="xla", **attention)
-    return product.astype(out_dtype), attended
+    return product, attended

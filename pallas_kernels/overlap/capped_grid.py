@@ -17,6 +17,11 @@ NUM_STAGES = 3
 CTAS_PER_SM = 2  # at head_dim 128 each has 109 KB and 98 registers x 256 threads: registers leave no room for a third
 
 
+def prepare(num_sms: int, attention: dict[str, Any]) -> decode.Decode:
+    """As many CTAs of decode attention as fill `num_sms` multiprocessors.  `attention`: the other arguments of `decode.prepare`."""
+    return decode.prepare(**attention, num_ctas=CTAS_PER_SM * num_sms, num_stages=NUM_STAGES)
+
+
 def run(
     operands: tuple[Array, ...],
     attention: dict[str, Any],
@@ -26,8 +31,8 @@ def run(
     config: Config | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Array]:
-    """The product and the attended heads; `attention` holds the arguments of `decode.prepare`."""
-    call = decode.prepare(**attention, num_ctas=CTAS_PER_SM * split.attention, num_stages=NUM_STAGES)
+    """The product and the attended heads; `attention` as in `prepare`."""
+    call = prepare(split.attention, attention)
     return two_streams.run(
         operands, call, num_ctas=split.matmul, out_dtype=out_dtype, config=config, interpret=interpret
     )

@@ -27,6 +27,12 @@ def num_stages(q, k_pages) -> int:
     return stages
 
 
+def prepare(num_sms: int, attention: dict[str, Any]) -> decode.Decode:
+    """Decode attention with `num_sms` multiprocessors to itself.  `attention`: the other arguments of `decode.prepare`."""
+    stages = num_stages(attention["q"], attention["k_pages"])
+    return decode.prepare(**attention, num_ctas=num_sms, num_stages=stages)
+
+
 def run(
     operands: tuple[Array, ...],
     attention: dict[str, Any],
@@ -36,9 +42,8 @@ def run(
     config: Config | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Array]:
-    """The product and the attended heads; `attention` holds the arguments of `decode.prepare`."""
-    stages = num_stages(attention["q"], attention["k_pages"])
-    call = decode.prepare(**attention, num_ctas=split.attention, num_stages=stages)
+    """The product and the attended heads; `attention` as in `prepare`."""
+    call = prepare(split.attention, attention)
     return two_streams.run(
         operands, call, num_ctas=split.matmul, out_dtype=out_dtype, config=config, interpret=interpret
     )

@@ -5,9 +5,8 @@ import math
 
 from jaxtyping import Array, Float, Int32, UInt16
 
-from pallas_kernels.device import platform
+from pallas_kernels.device import platform, why_not_hopper
 from pallas_kernels.paged_attention import reference, triton_gpu, xla
-from pallas_kernels.triton_call import compute_capability
 
 
 def paged_attention(
@@ -114,11 +113,9 @@ def _why_not_numba(k_pages, v_pages) -> str | None:
 
 def _why_not_mosaic_gpu(q, k_pages, v_pages) -> str | None:
     """What keeps `mosaic_gpu` from the call, None if nothing does."""
-    if platform() != "gpu":
-        return f"runs on 'gpu', not on {platform()!r}"
-    capability = compute_capability()
-    if capability is None or capability // 10 != 9:
-        return f"is made of Hopper's wgmma, compute capability 9, which this GPU ({capability}) does not have"
+    reason = why_not_hopper()
+    if reason is not None:
+        return reason
     from pallas_kernels.paged_attention import mosaic_gpu
 
     return mosaic_gpu.why_not(q, k_pages, v_pages)

@@ -13,6 +13,7 @@ make a small share of the SMs compute bound.
 import dataclasses
 import functools
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.inlined import inlined
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
 from pallas_kernels.paged_attention.mosaic_tiles import Interpret
 
@@ -110,13 +112,12 @@ class DecodeShape:
         }
 
 
-def attend_parts(shape: DecodeShape, first_of_layer: int, cta, refs, scratch, interpret: Interpret) -> None:
+def attend_parts(shape: DecodeShape, cta, refs, scratch, interpret: Interpret) -> None:
     """What CTA `cta` of `shape.num_ctas` does, with two warpgroups: fetch the blocks of its parts and attend to them.
 
-    refs: q [R K G' h], k_pages, v_pages [L*N K p h], table [R P], the schedule's arrays, and the results acc
-    [parts h G'] (divided by their sums of weights) and lse [parts G'] (base 2), float32, all in global memory.
+    refs: those of `kernel_inputs` and `part_types`, in global memory.
     """
-    q, k_pages, v_pages, table, parts, cu_parts_of_cta, kv_lens, acc_out, lse_out = refs
+    q, k_pages, v_pages, table, first_page_of_layer, parts, cu_parts_of_cta, kv_lens, acc_out, lse_out = refs
     s = scratch
     block, heads = shape.block, shape.heads
     first_part, end_part = cu_parts_of_cta[cta], cu_parts_of_cta[cta + 1]
@@ -124,6 +125,8 @@ def attend_parts(shape: DecodeShape, first_of_layer: int, cta, refs, scratch, in
 
     @pl.when(warpgroup == PRODUCER)
     def produce():
+        first_of_layer = first_page_of_layer[0]
+
         def part_body(part, step):
             row, kv_head, first_block, num_blocks = (parts[part, i] for i in range(4))
             pages_of_row = (kv_lens[row] + shape.page_size - 1) // shape.page_size
@@ -243,39 +246,97 @@ def decode_attention(
     Two kernels, `shape.num_ctas` CTAs and then one small CTA for each pair, and one pass over the queries; no nested
     jit, so that it may run on a stream of its own.  `first_of_layer` is the layer's first page in the flat page axis.
     """
-    num_rows, num_heads, head_dim = q.shape
-    num_pairs = num_rows * shape.num_kv_heads
-    # A group's queries fill a tile of their own: Mosaic cannot tell whether a tile at any other row is aligned.
-    queries = q.reshape(num_rows, shape.num_kv_heads, shape.group, head_dim)
-    padding = [(0, 0, 0), (0, 0, 0), (0, shape.heads - shape.group, 0), (0, 0, 0)]
-    queries = lax.pad(queries, jnp.zeros((), q.dtype), padding)
+    inputs = kernel_inputs(q, k_pages, v_pages, first_of_layer, page_indices, schedule, shape)
     num_parts = schedule.parts.shape[0]
-    scratch = shape.scratch(q.dtype)
+    make = _parts_kernel if interpret is None else functools.partial(_make_parts_kernel, interpret=interpret)
+    acc, lse = make(shape, num_parts, jnp.dtype(q.dtype))(*inputs)
+    return merge_parts(acc, lse, q, schedule, shape, interpret)
 
-    def body(*refs):
+
+def _make_parts_kernel(shape: DecodeShape, num_parts: int, dtype: jnp.dtype, interpret: Interpret) -> Callable:
+    scratch = shape.scratch(dtype)
+
+    def decode_attention_parts(*refs):
         inputs, buffers = refs[: -len(scratch)], refs[-len(scratch) :]
         names = dict(zip(scratch, buffers, strict=True))
-        attend_parts(shape, first_of_layer, lax.axis_index("cta"), inputs, names, interpret)
+        attend_parts(shape, lax.axis_index("cta"), inputs, names, interpret)
 
-    acc, lse = tiles.kernel(
-        body,
+    return tiles.kernel(
+        decode_attention_parts,
         interpret=interpret,
-        out_type=[
-            jax.ShapeDtypeStruct((num_parts, head_dim, shape.heads), jnp.float32),
-            jax.ShapeDtypeStruct((num_parts, shape.heads), jnp.float32),
-        ],
+        out_type=part_types(shape, num_parts),
         scratch_types=list(scratch.values()),
         grid=(shape.num_ctas,),
         grid_names=("cta",),
         num_threads=2,
         thread_name="warpgroup",
-    )(queries, k_pages, v_pages, page_indices, schedule.parts, schedule.cu_parts_of_cta, schedule.kv_lens)
-    out = tiles.kernel(
-        functools.partial(_merge_body, shape, interpret),
+    )
+
+
+def _make_merge_kernel(shape: DecodeShape, num_pairs: int, interpret: Interpret) -> Callable:
+    def decode_attention_merge(*refs):
+        _merge_body(shape, interpret, *refs)
+
+    return tiles.kernel(
+        decode_attention_merge,
         interpret=interpret,
-        out_type=jax.ShapeDtypeStruct((num_pairs, head_dim, shape.heads), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((num_pairs, shape.head_dim, shape.heads), jnp.float32),
         grid=(num_pairs,),
         grid_names=("pair",),
-    )(schedule.cu_parts_of_pair, acc, lse)
+    )
+
+
+@functools.cache
+def _parts_kernel(shape: DecodeShape, num_parts: int, dtype: jnp.dtype) -> Callable:
+    return inlined(_make_parts_kernel(shape, num_parts, dtype, None))
+
+
+@functools.cache
+def _merge_kernel(shape: DecodeShape, num_pairs: int) -> Callable:
+    return inlined(_make_merge_kernel(shape, num_pairs, None))
+
+
+def kernel_inputs(
+    q: Float[Array, "R H h"],
+    k_pages: Float[Array, "LN K p h"],
+    v_pages: Float[Array, "LN K p h"],
+    first_of_layer: int,
+    page_indices: Int32[Array, "R P"],
+    schedule: DecodeSchedule,
+    shape: DecodeShape,
+) -> tuple[Array, ...]:
+    """What the first kernel reads: q [R K G' h], k_pages, v_pages, table, first page of the layer [1], the schedule's arrays.
+
+    The layer is no part of the kernel, which is compiled once for all of them.
+    """
+    num_rows, _, head_dim = q.shape
+    # A group's queries fill a tile of their own: Mosaic cannot tell whether a tile at any other row is aligned.
+    queries = q.reshape(num_rows, shape.num_kv_heads, shape.group, head_dim)
+    padding = [(0, 0, 0), (0, 0, 0), (0, shape.heads - shape.group, 0), (0, 0, 0)]
+    queries = lax.pad(queries, jnp.zeros((), q.dtype), padding)
+    first = lax.full((1,), first_of_layer, jnp.int32)
+    return queries, k_pages, v_pages, page_indices, first, schedule.parts, schedule.cu_parts_of_cta, schedule.kv_lens
+
+
+def part_types(shape: DecodeShape, num_parts: int) -> list[jax.ShapeDtypeStruct]:
+    """What the first kernel writes: acc [parts h G'] (divided by their sums of weights) and lse [parts G'] (base 2)."""
+    return [
+        jax.ShapeDtypeStruct((num_parts, shape.head_dim, shape.heads), jnp.float32),
+        jax.ShapeDtypeStruct((num_parts, shape.heads), jnp.float32),
+    ]
+
+
+def merge_parts(
+    acc: Float[Array, "parts h heads"],
+    lse: Float[Array, "parts heads"],
+    q: Float[Array, "R H h"],
+    schedule: DecodeSchedule,
+    shape: DecodeShape,
+    interpret: Interpret,
+) -> Float[Array, "R H h"]:
+    """The second kernel, and its results in the order of `q`."""
+    num_pairs = q.shape[0] * shape.num_kv_heads
+    make = _merge_kernel if interpret is None else functools.partial(_make_merge_kernel, interpret=interpret)
+    out = make(shape, num_pairs)(schedule.cu_parts_of_pair, acc, lse)
     out = lax.slice_in_dim(out, 0, shape.group, axis=2)
-    return lax.transpose(out, (0, 2, 1)).reshape(num_rows, num_heads, head_dim).astype(q.dtype)
+    return lax.transpose(out, (0, 2, 1)).reshape(q.shape).astype(q.dtype)

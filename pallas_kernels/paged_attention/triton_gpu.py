@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt16
 
-from pallas_kernels.triton_call import compute_capability, core_count, triton_call
+from pallas_kernels.device import compute_capability, num_multiprocessors
+from pallas_kernels.triton_call import triton_call
 from pallas_kernels.triton_call import why_not as why_not_triton
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -113,7 +114,7 @@ def paged_attention(
     group = num_heads // num_kv_heads
     if config.prefill_tile < group:
         raise ValueError(f"prefill_tile={config.prefill_tile} holds no query of {group} heads")
-    programs = config.num_programs or config.programs_per_core * core_count()
+    programs = config.num_programs or config.programs_per_core * num_multiprocessors()
     num_rows = kv_lens.shape[0]
     extra_splits = -(-config.splits_per_program * programs // num_kv_heads)
     num_splits = min(num_rows, num_tokens) + extra_splits

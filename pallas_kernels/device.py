@@ -1,5 +1,8 @@
 """For which device is the program being traced?  The abstract device where one is set (code for a GPU that is not there)."""
 
+import functools
+import importlib.util
+
 import jax
 
 # Compute capabilities of GPUs that code is compiled for where there is none.
@@ -10,6 +13,16 @@ def platform() -> str:
     """cpu, gpu or tpu."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None or device.platform is None else device.platform
+
+
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has AVX512-BF16; without it, products of bfloat16 are slower than those of float32."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return False
+    import llvmlite.binding
+
+    return llvmlite.binding.get_host_cpu_features().get("avx512bf16", False)
 
 
 def num_multiprocessors() -> int:

@@ -1,6 +1,5 @@
 """What does the matrix product of activations and weights promise, and which implementation keeps the promise here?"""
 
-import functools
 import importlib.util
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.device import num_multiprocessors, platform, why_not_hopper
+from pallas_kernels.device import cpu_multiplies_bfloat16, num_multiprocessors, platform, why_not_hopper
 
 PANEL = 32
 """Columns must be a multiple of this for "numba"."""
@@ -89,15 +88,6 @@ def _why_not_numba(kernel) -> str | None:
         return f"runs on 'cpu', not on {platform()!r}"
     if kernel.dtype != jnp.bfloat16 or kernel.shape[0] % 2 or kernel.shape[1] % PANEL:
         return f"needs a bfloat16 kernel of [even, multiple of {PANEL}], not {kernel.dtype.name} {list(kernel.shape)}"
-    return _why_not_this_cpu()
-
-
-@functools.cache
-def _why_not_this_cpu() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "needs the package numba, which is not installed"
-    import llvmlite.binding
-
-    if not llvmlite.binding.get_host_cpu_features().get("avx512bf16", False):
-        return "needs a CPU with AVX512-BF16"
-    return None
+    return None if cpu_multiplies_bfloat16() else "needs a CPU with AVX512-BF16"

@@ -29,6 +29,7 @@ from nanojax.pipeline.ladder import choose_per_rung
 from nanojax.pipeline.library import PIPELINES, on_one_stream, sequential
 from nanojax.pipeline.profile import ProfileTable
 from nanojax.pipeline.simulate import simulate
+from pallas_kernels.device import platform
 
 __all__ = ["LayerTimes", "Rung", "choose", "described", "modelled_layer_times", "text", "uses_streams"]
 
@@ -50,7 +51,7 @@ class Rung:
 
 def uses_streams(values: flags.FlagValues) -> bool:
     """Whether nodes run on the GPU streams that they name."""
-    return jax.default_backend() == "gpu" if values.streams is None else values.streams
+    return platform() == "gpu" if values.streams is None else values.streams
 
 
 def choose(values: flags.FlagValues, model: ModelConfig) -> dict[int, Rung]:

@@ -56,7 +56,10 @@ def define(values: flags.FlagValues) -> None:
     enum("phase_order", PhaseOrder.DECODE_FIRST.value, [order.value for order in PhaseOrder], "Who gets tokens first.")
     enum("batching", Batching.CONTINUOUS.value, [kind.value for kind in Batching], "When requests join the batch.")
     enum(
-        "attention", None, ["numba", "reference", "triton", "xla"], "Implementation; the platform's best if not given."
+        "attention",
+        None,
+        ["mosaic_gpu", "numba", "reference", "triton", "xla"],
+        "Implementation; the platform's best if not given.",
     )
     text(
         "pipeline", None,

@@ -29,7 +29,11 @@ def operands(columns, with_residual):
 
 @pytest.mark.parametrize(
     ("form", "columns", "with_residual"),
-    [("capped_grid", (128,), True), pytest.param("sm_exclusive", (2, 128), False, marks=pytest.mark.slow)],
+    [
+        ("capped_grid", (128,), True),
+        ("fused", (128,), True),
+        pytest.param("sm_exclusive", (2, 128), False, marks=pytest.mark.slow),
+    ],
 )
 def test_equals_reference_without_races(form, columns, with_residual, capfd):
     product_args, args = operands(columns, with_residual)
@@ -58,37 +62,56 @@ def test_the_path_is_named_with_its_reason():
     assert "100" in odd.reason
     wide = jax.ShapeDtypeStruct((1, 4, 2, 128, 64), jnp.bfloat16)
     assert "page size 128" in path_for(None, x, kernel, args["q"], wide, wide, platform="gpu").reason
-    with pytest.raises(NotImplementedError, match="form='green' is none of 'sm_exclusive', 'capped_grid', 'xla'"):
+    with pytest.raises(
+        NotImplementedError, match="form='green' is none of 'sm_exclusive', 'capped_grid', 'fused', 'xla'"
+    ):
         path_for("green", *arrays, platform="gpu")
     with pytest.raises(NotImplementedError, match="runs on 'gpu', not on 'cpu'"):
         matmul_and_decode_attention(x, kernel, None, layer=0, form="sm_exclusive", **args)
 
 
-@pytest.mark.gpu_compile
-@pytest.mark.skipif(compiled_code.why_not() is not None, reason=str(compiled_code.why_not()))
-@pytest.mark.parametrize("form", ["sm_exclusive", "capped_grid"])
-def test_two_branches_of_one_graph_and_room_for_both(form):
-    """Nano-batch 2's O beside nano-batch 1's decode attention, LLaMA-3-8B at 1024 tokens."""
-    gpu = compiled_code.target("h200")
-    num_sms = gpu.number("core_count")
+def pair_on(gpu, form, split):
+    """Nano-batch 2's O beside nano-batch 1's decode attention, LLaMA-3-8B at 1024 tokens: the code, and the pages' shape."""
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((640, 4096), (4096, 4096)))
     q = jax.ShapeDtypeStruct((384, 32, 128), jnp.bfloat16)
     pages = jax.ShapeDtypeStruct((32, 4096, 8, 16, 128), jnp.bfloat16)
     ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((384,), (384, 256), ())]
-    part = (
-        num_sms // {"sm_exclusive": 3, "capped_grid": 6}[form]
-    )  # not the same: Mosaic compiles a kernel once in a process
-    split = Split(num_sms - part, part)
 
     def pair(x, kernel, q, k_pages, v_pages, kv_lens, page_indices, num_decode):
         return matmul_and_decode_attention(
             x, kernel, None, q, k_pages, v_pages, 5, kv_lens, page_indices, num_decode, form=form, share=split
         )
 
-    code = compiled_code.compile_for(gpu, pair, (x, kernel, q, pages, pages, *ints))
+    return compiled_code.compile_for(gpu, pair, (x, kernel, q, pages, pages, *ints)), pages.shape
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.skipif(compiled_code.why_not() is not None, reason=str(compiled_code.why_not()))
+def test_one_kernel_of_a_cta_for_each_multiprocessor():
+    gpu = compiled_code.target("h200")
+    num_sms = gpu.number("core_count")
+    code, pages_shape = pair_on(gpu, "fused", Split(num_sms - 40, 40))
+    assert code.copies_of(pages_shape) == 0
+    mosaic = [kernel for kernel in code.kernels if kernel.compiler == "mosaic"]
+    both = max(mosaic, key=lambda kernel: kernel.smem_bytes)
+    assert both.spill_bytes == 0
+    assert both.num_blocks == num_sms
+    assert gpu.blocks_per_core(both) == 1
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.skipif(compiled_code.why_not() is not None, reason=str(compiled_code.why_not()))
+@pytest.mark.parametrize("form", ["sm_exclusive", "capped_grid"])
+def test_two_branches_of_one_graph_and_room_for_both(form):
+    gpu = compiled_code.target("h200")
+    num_sms = gpu.number("core_count")
+    # Not the same numbers for both: Mosaic compiles a kernel once in a process.
+    part = num_sms // {"sm_exclusive": 3, "capped_grid": 6}[form]
+    split = Split(num_sms - part, part)
+    code, pages_shape = pair_on(gpu, form, split)
     assert sum(code.overlap.is_there) >= 2
     assert code.graphs.count("kCommandBuffer") == 1
-    assert code.copies_of(pages.shape) == 0
+    assert code.copies_of(pages_shape) == 0
     mosaic = [kernel for kernel in code.kernels if kernel.compiler == "mosaic"]
     assert all(kernel.spill_bytes == 0 for kernel in mosaic)
     product = next(kernel for kernel in mosaic if kernel.num_blocks == split.matmul)

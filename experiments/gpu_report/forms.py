@@ -15,7 +15,7 @@ from pallas_kernels.paged_attention import paged_attention
 # jax 0.11 gave the newer function the older one's name.
 _annotate: Callable[..., Any] = getattr(compute_on, "compute_on2", None) or compute_on.compute_on
 
-FORMS = ("sm_exclusive", "capped_grid")
+FORMS = ("sm_exclusive", "capped_grid", "fused")
 """Forms of `pallas_kernels.overlap`, which loads slowly: only where it is used."""
 GPU_ATTENTION = ("mosaic_gpu", "triton", "xla")
 CPU_ATTENTION = ("reference",)

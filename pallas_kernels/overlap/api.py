@@ -12,13 +12,14 @@ from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.device import platform as device_platform
 from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul import mosaic_gpu as persistent
-from pallas_kernels.overlap import capped_grid, decode, sm_exclusive
+from pallas_kernels.overlap import capped_grid, decode, fused, sm_exclusive
 from pallas_kernels.overlap.shares import Split, split_of_share
 from pallas_kernels.paged_attention import paged_attention
 
 FORMS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "sm_exclusive": sm_exclusive.run,
     "capped_grid": capped_grid.run,
+    "fused": fused.run,
 }
 PREPARE: dict[str, Callable[[int, dict[str, Any]], decode.Decode]] = {
     "sm_exclusive": sm_exclusive.prepare,

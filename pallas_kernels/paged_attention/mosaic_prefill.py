@@ -7,6 +7,7 @@ by one CTA and nothing is atomic, so the same batch gives the same bits.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.inlined import inlined
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
 from pallas_kernels.paged_attention.mosaic_prefill_plan import (
     NUM_CONSUMERS,
@@ -30,11 +32,11 @@ from pallas_kernels.paged_attention.mosaic_tiles import HALF, Interpret
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 
 
-def attend_tiles(shape: PrefillShape, first_of_layer: int, cta, refs, scratch, interpret: Interpret) -> None:
+def attend_tiles(shape: PrefillShape, cta, refs, scratch, interpret: Interpret) -> None:
     """What CTA `cta` of `shape.num_ctas` does, with three warpgroups: its share of the tiles, one after another.
 
-    refs: q [T H h] with T as `shape.padded` has it, k_pages, v_pages [L*N K p h], table [R P], the schedule's arrays, and
-    the result [T H h], of which the tiles' tokens are written; all in global memory.
+    refs: q [T H h] with T as `shape.padded` has it, k_pages, v_pages [L*N K p h], table [R P], the layer's first page
+    [1], the schedule's arrays, and the result [T H h], of which the tiles' tokens are written; all in global memory.
     """
     *inputs, listed, num_tiles, out = refs
     warpgroup = lax.axis_index("warpgroup")
@@ -52,7 +54,7 @@ def attend_tiles(shape: PrefillShape, first_of_layer: int, cta, refs, scratch, i
     def produce():
         if interpret is None:
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        _fetch_tiles(shape, first_of_layer, item, num_items, inputs, scratch)
+        _fetch_tiles(shape, item, num_items, inputs, scratch)
 
     @pl.when(warpgroup < NUM_CONSUMERS)
     def consume():
@@ -61,9 +63,10 @@ def attend_tiles(shape: PrefillShape, first_of_layer: int, cta, refs, scratch, i
         _attend_to_tiles(shape, warpgroup, item, num_items, out, scratch, interpret)
 
 
-def _fetch_tiles(shape: PrefillShape, first_of_layer: int, item, num_items, inputs, s) -> None:
+def _fetch_tiles(shape: PrefillShape, item, num_items, inputs, s) -> None:
     """Queries of each tile, then its blocks of keys and values, as soon as their places in shared memory are free."""
-    q, k_pages, v_pages, table = inputs
+    q, k_pages, v_pages, table, first_page_of_layer = inputs
+    first_of_layer = first_page_of_layer[0]
 
     def tile_body(i, step):
         (row, token, _, last, to_position, kv_len), kv_head = item(i)
@@ -235,21 +238,35 @@ def prefill_attention(
     if shape.padded(num_tokens) != num_tokens:
         padding = (0, shape.padded(num_tokens) - num_tokens, 0)
         q = lax.pad(q, jnp.zeros((), q.dtype), [padding, (0, 0, 0), (0, 0, 0)])
-    scratch = shape.scratch(q.dtype)
+    make = _kernel if interpret is None else functools.partial(_make_kernel, interpret=interpret)
+    first = lax.full((1,), first_of_layer, jnp.int32)
+    out = make(shape, q.shape, jnp.dtype(q.dtype))(q, k_pages, v_pages, page_indices, first, *schedule)
+    return out[:num_tokens]
 
-    def body(*refs):
+
+def _make_kernel(
+    shape: PrefillShape, q_shape: tuple[int, ...], dtype: jnp.dtype, interpret: Interpret
+) -> Callable[..., Array]:
+    scratch = shape.scratch(dtype)
+
+    def prefill_attention_tiles(*refs):
         inputs, buffers = refs[: -len(scratch)], refs[-len(scratch) :]
         names = dict(zip(scratch, buffers, strict=True))
-        attend_tiles(shape, first_of_layer, lax.axis_index("cta"), inputs, names, interpret)
+        attend_tiles(shape, lax.axis_index("cta"), inputs, names, interpret)
 
-    out = tiles.kernel(
-        body,
+    return tiles.kernel(
+        prefill_attention_tiles,
         interpret=interpret,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=jax.ShapeDtypeStruct(q_shape, dtype),
         scratch_types=list(scratch.values()),
         grid=(shape.num_ctas,),
         grid_names=("cta",),
         num_threads=NUM_CONSUMERS + 1,
         thread_name="warpgroup",
-    )(q, k_pages, v_pages, page_indices, *schedule)
-    return out[:num_tokens]
+    )
+
+
+@functools.cache
+def _kernel(shape: PrefillShape, q_shape: tuple[int, ...], dtype: jnp.dtype) -> Callable[..., Array]:
+    """Compiled once for all layers."""
+    return inlined(_make_kernel(shape, q_shape, dtype, None))

@@ -26,14 +26,18 @@ NUM_LAYERS, NUM_PAGES, LAYER = 32, 4096, 31
 """The cache that kernels read; its size changes no kernel."""
 MAX_LEN = 4096  # of a row of the page table, in tokens
 
-MOSAIC_ROLES = {3: "matmul", 2: "decode", 1: "merge"}
-"""By warpgroups of a CTA: Mosaic names its kernels after the Python function that all of them call `body`."""
+MOSAIC_ROLES = {
+    "persistent_matmul": "matmul", "decode_attention_parts": "decode", "decode_attention_merge": "merge",
+    "prefill_attention_tiles": "prefill", "matmul_and_decode_attention": "matmul or decode",
+}  # fmt: skip
+"""By the Python function that Mosaic names a kernel after, a number behind it."""
 ASSUMED_CTAS: Mapping[tuple[str, str, str], int] = {
     ("triton", "decode", "h200"): 4, ("triton", "merge", "h200"): 4, ("triton", "prefill", "h200"): 1,
     ("triton", "decode", "a100"): 3, ("triton", "merge", "a100"): 4, ("triton", "prefill", "a100"): 1,
-    ("mosaic_gpu", "decode", "h200"): 1, ("mosaic_gpu", "matmul", "h200"): 1,
+    ("mosaic_gpu", "decode", "h200"): 1, ("mosaic_gpu", "prefill", "h200"): 1, ("mosaic_gpu", "matmul", "h200"): 1,
     ("sm_exclusive", "decode", "h200"): 1, ("sm_exclusive", "matmul", "h200"): 1,
     ("capped_grid", "decode", "h200"): 2, ("capped_grid", "matmul", "h200"): 1,
+    ("fused", "matmul or decode", "h200"): 1,
 }  # fmt: skip
 """CTAs on a multiprocessor that tiles and grids were chosen for, by implementation, kernel and target."""
 
@@ -74,7 +78,7 @@ def compile_program(gpu_name: str, name: str) -> list[dict[str, Any]]:
     for kernel in code.kernels:
         if kernel.compiler == "xla":
             continue
-        role = MOSAIC_ROLES[kernel.num_threads // 128] if kernel.compiler == "mosaic" else kernel.name
+        role = MOSAIC_ROLES[kernel.name.rpartition("_")[0]] if kernel.compiler == "mosaic" else kernel.name
         rows.append({
             "operation": program.operation, "implementation": program.implementation, "shape": program.shape,
             "kernel": role, "compiler": kernel.compiler, "ctas": kernel.num_blocks, "registers": kernel.registers,

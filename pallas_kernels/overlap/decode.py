@@ -1,7 +1,6 @@
 """What does decode attention need beside a matrix product?  Its kernel's shape, inputs and schedule, for whichever form runs it."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from pallas_kernels.paged_attention import mosaic_gpu
 from pallas_kernels.paged_attention.mosaic_decode import DecodeSchedule, DecodeShape, decode_attention, decode_schedule
 
 BLOCK = 64  # keys: the rows of one wgmma
-_schedule = functools.partial(jax.jit, static_argnums=(2, 3, 4))(decode_schedule)  # traced once for all layers
+_schedule = jax.jit(decode_schedule, static_argnums=(2, 3, 4))  # traced once for all layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +52,9 @@ def prepare(
 ) -> Decode:
     """The call for `num_ctas` CTAs that each have `num_stages` blocks of keys and values in flight."""
     shape = mosaic_gpu.Config(BLOCK, num_stages, num_ctas).decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
-    num_layers, num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
-    flat = (num_layers * num_pages, num_kv_heads, page_size, head_dim)
-    schedule = _schedule(kv_lens, num_decode, num_kv_heads, shape.block, num_ctas)
-    inputs = (q, k_pages.reshape(flat), v_pages.reshape(flat), page_indices)
-    return Decode(shape, layer * num_pages, inputs, schedule)
+    schedule = _schedule(kv_lens, num_decode, shape.num_kv_heads, shape.block, num_ctas)
+    *pages, first_page = mosaic_gpu.end_to_end(k_pages, v_pages, layer)
+    return Decode(shape, first_page, (q, *pages, page_indices), schedule)
 
 
 def attend(call: Decode, inputs: tuple[Array, ...], schedule: DecodeSchedule, interpret: Any) -> Float[Array, "R H h"]:

@@ -160,7 +160,7 @@ def decode_rows(
     num_rows = min(q.shape[0], kv_lens.shape[0])
     shape = config.decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
     schedule = decode_schedule(kv_lens[:num_rows], num_decode, shape.num_kv_heads, shape.block, shape.num_ctas)
-    cache = _end_to_end(k_pages, v_pages, layer)
+    cache = end_to_end(k_pages, v_pages, layer)
     return decode_attention(q[:num_rows], *cache, page_indices[:num_rows], schedule, shape, interpret=interpret)
 
 
@@ -181,11 +181,11 @@ def prefill_rows(
     """Attention of the tokens of rows from `num_decode` on; anything for the other tokens."""
     shape = config.prefill_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
     schedule = prefill_schedule(kv_lens, cu_q_lens, num_decode, shape.padded(q.shape[0]), shape.tokens)
-    cache = _end_to_end(k_pages, v_pages, layer)
+    cache = end_to_end(k_pages, v_pages, layer)
     return prefill_attention(q, *cache, page_indices, schedule, shape, interpret=interpret)
 
 
-def _end_to_end(k_pages, v_pages, layer):
+def end_to_end(k_pages, v_pages, layer):
     """The pages of all layers end to end, and the layer's first one: a bitcast; to take one layer out would copy it."""
     num_layers, num_pages, *page = k_pages.shape
     flat = (num_layers * num_pages, *page)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -136,20 +137,23 @@ def describe(values: flags.FlagValues, loaded: LoadedModel) -> dict[str, Any]:
         "num_params": loaded.config.num_params,
         "kv_dtype": values.kv_dtype or values.dtype,
     }
-    chosen = rungs.described(rungs.choose(values, loaded.config))
-    found = {"pipeline_by_budget": chosen, "paths": _paths(values, loaded) if platform() == "gpu" else {}}
+    chosen = rungs.choose(values, loaded.config)
+    paths = _paths(values, loaded, chosen) if platform() == "gpu" else {}
+    found = {"pipeline_by_budget": rungs.described(chosen), "paths": paths}
     return {**shown, **capacities, **model, **{name: value for name, value in found.items() if value}}
 
 
-def _paths(values: flags.FlagValues, loaded: LoadedModel) -> dict[str, dict[str, list[str]]]:
+def _paths(
+    values: flags.FlagValues, loaded: LoadedModel, chosen: Mapping[int, rungs.Rung]
+) -> dict[str, dict[str, list[str]]]:
     """Token budget -> node -> what runs it and why, most layers first."""
     config, model = engine_config(values, loaded), loaded.config
     shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, model.head_dim)
     found: dict[str, dict[str, list[str]]] = {}
-    for budget, pipeline in pipelines(values, loaded).items():
+    for budget, rung in chosen.items():
         own = found.setdefault(str(budget), {})
         rows = execute.paths(
-            model, pipeline, dtype=values.dtype, pages=jax.ShapeDtypeStruct(shape, kv_dtype(values)),
+            model, rung.pipeline, dtype=values.dtype, pages=jax.ShapeDtypeStruct(shape, kv_dtype(values)),
             use_streams=rungs.uses_streams(values), overlap=values.overlap,
         )  # fmt: skip
         for row in sorted(rows, key=lambda row: -row.num_layers):

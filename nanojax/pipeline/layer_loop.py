@@ -18,7 +18,6 @@ from nanojax.array_types import Array, Bool, Float, Int32
 from nanojax.batch import RaggedBatch
 from nanojax.kv_cache import KVPages
 from nanojax.models.decoder import DecoderLayer, FeedForward
-from nanojax.models.moe import RoutedHidden
 from nanojax.pipeline import streams
 from nanojax.pipeline.ir import NanoBatch, Node, OpKind, Pipeline
 from nanojax.pipeline.kernel_paths import NO_ROOM, Path, Room, choose, decode_on
@@ -293,26 +292,21 @@ class _Loop:
     def _down(self, node: Node, layer: int, tokens: NanoBatch, num_ctas: int | None) -> Float[Array, "t D"]:
         """The residual stream after the layer; only what D adds to it where several devices share the layer."""
         ffn = self.layers[layer].ffn
-        project = ffn.project_down
-        pieces = self.pieces.touching(OpKind.UG, layer, tokens)
 
         def down() -> Array:
-            if num_ctas is not None:
-                assert isinstance(ffn, FeedForward)  # no kernel takes experts: see `kernel_paths`
-                x, hidden = self.pieces.get(MIDDLE, layer, tokens), self.pieces.get(OpKind.UG, layer, tokens)
-                return ffn.project_down(hidden, x, num_ctas=num_ctas)
-            if not isinstance(pieces[0][1], RoutedHidden):
-                change = project(self.pieces.get(OpKind.UG, layer, tokens))
-            else:  # sorted by expert and hence not to be joined: each piece is projected by itself
-                change = jnp.concatenate(
-                    [
-                        project(
-                            hidden.cut(max(own.start, tokens.start) - own.start, min(own.stop, tokens.stop) - own.start)
-                        )
-                        for own, hidden in pieces
-                    ]
-                )
-            return change if self.pipeline.is_tensor_parallel else self.pieces.get(MIDDLE, layer, tokens) + change
+            residual = None if self.pipeline.is_tensor_parallel else self.pieces.get(MIDDLE, layer, tokens)
+            if isinstance(ffn, FeedForward):
+                return ffn.project_down(self.pieces.get(OpKind.UG, layer, tokens), residual, num_ctas=num_ctas)
+            # Sorted by expert and hence not to be joined: each piece is projected by itself.
+            change = jnp.concatenate(
+                [
+                    ffn.project_down(
+                        hidden.cut(max(own.start, tokens.start) - own.start, min(own.stop, tokens.stop) - own.start)
+                    )
+                    for own, hidden in self.pieces.touching(OpKind.UG, layer, tokens)
+                ]
+            )
+            return change if residual is None else residual + change
 
         return self._launch(node, down)
 

@@ -170,8 +170,8 @@ def summary(step: Step) -> dict[str, Any]:
         "kv_copies": step.num_kv_copies, "merged_matmuls": step.num_merged_matmuls, "cuda_graphs": graphs,
         "launches_outside_graphs": len(code.graphs) - graphs, "kv_bytes": step.kv_bytes,
         "aliased_bytes": code.alias_bytes, "argument_bytes": code.argument_bytes,
-        "scheduler_limit_bytes": int(SCHEDULED_FRACTION * code.target.number("device_memory_size")), "temp_bytes": code.temp_bytes, "peak_bytes": code.peak_bytes,
-        "memory_bytes": int(code.target.spec.memory_bytes),
+        "scheduler_limit_bytes": int(SCHEDULED_FRACTION * code.target.number("device_memory_size")),
+        "temp_bytes": code.temp_bytes, "peak_bytes": code.peak_bytes, "memory_bytes": int(code.target.spec.memory_bytes),
     }  # fmt: skip
 
 

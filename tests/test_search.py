@@ -97,6 +97,14 @@ def released():
     return Problem(2048, work, PAPER_TABLE_3_AND_TEXT, num_devices=8)
 
 
+def test_without_time_there_is_no_order_but_a_bound():
+    problem = released()
+    structure = nano_batched(problem, (512, 1024, 1536), (None,) * 4)
+    order = best_order(problem, structure, problem.durations_s(structure), node_limit=1, time_limit_s=0.0)
+    assert 0 < order.bound_s < math.inf
+    assert (order.starts is None) == (order.layer_time_s == math.inf)  # a fast machine may find one
+
+
 def test_stage_2_equals_brute_force():
     """One nano-batch's attention reads memory while the other one's feed-forward computes: 3 s / 0.7 is the best."""
     seconds = {(OpKind.DEC_ATTN, 0): 2.0, (OpKind.UG, 1): 3.0}

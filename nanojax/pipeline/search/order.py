@@ -71,7 +71,7 @@ def best_order(
             program.row({u[i]: 1, u[j]: -1, k: -1, w: -scaled[j]}, low=-1)
     x, bound = solve(program, w, node_limit=node_limit, time_limit_s=time_limit_s)
     bound_s = below_s if bound == -math.inf else max(least_s / max(bound, program.lower[w]), least_s)
-    if x is None:
+    if x is None or x[w] <= 0:  # 0 is a layer without end: feasible where nothing bounds it, and no order
         return Order(None, math.inf, bound_s)
     return Order(tuple(x[column] for column in u), least_s / x[w], bound_s)
 

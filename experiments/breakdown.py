@@ -28,6 +28,7 @@ import numpy as np
 from absl import flags
 
 from experiments import serving
+from nanojax import batch as batches
 from nanojax import engine as core
 from nanojax import kv_cache, sampling, scheduler
 from nanojax.batch import RaggedBatch
@@ -35,6 +36,7 @@ from nanojax.config import EngineConfig, ModelConfig
 from nanojax.engine import EngineState
 from nanojax.metrics import StepRecord
 from nanojax.models import decoder
+from nanojax.models.layers import Extent
 from nanojax.pipeline import execute
 from nanojax.scheduler import Policy
 from nanojax.weights import LoadedModel
@@ -194,13 +196,13 @@ def _dense(model: ModelConfig, params, packed: RaggedBatch):
     """All that is computed per token without its context.  Queries stand where attention's result would."""
     bound = decoder.bind(model, params)
     rope = jax.lax.optimization_barrier(decoder.rope_angles(model, packed.positions))
-    x, stored = bound.embed_tokens(packed.tokens), []
+    x, extent, stored = bound.embed_tokens(packed.tokens), Extent(packed.cu_q_lens[-1]), []
     for layer in bound.layers:
-        q, k, v = layer.project_qkv(x, rope)
+        q, k, v = layer.project_qkv(x, rope, extent)
         stored.append((k, v))  # given back, so that they are computed
-        x = layer.project_out(x, q)
-        x = layer.down(x, layer.up_gate(x))
-    return bound.logits(x[jnp.maximum(packed.cu_q_lens[1:] - 1, 0)]), stored
+        x = layer.project_out(x, q, extent)
+        x = layer.down(x, layer.up_gate(x, extent=extent), extent)
+    return bound.logits(x[jnp.maximum(packed.cu_q_lens[1:] - 1, 0)], batches.num_rows(packed)), stored
 
 
 def _attend(model: ModelConfig, implementation: str | None, kv, x, packed):

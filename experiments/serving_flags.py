@@ -25,7 +25,7 @@ from nanojax.pipeline.library import PIPELINES
 from nanojax.scheduler import PRIORITIES, Batching, PhaseOrder
 from nanojax.serve import Driver
 from nanojax.workload import PAPER_TABLE_4
-from pallas_kernels.device import cpu_multiplies_bfloat16, platform
+from pallas_kernels.device import cpu_has, platform
 
 DEFAULT_MODEL = "smollm2"
 SMOKE_MODEL = "smoke"
@@ -47,7 +47,7 @@ def define(values: flags.FlagValues) -> None:
     enum, text, flag, count = _definers(values)
     enum("model", DEFAULT_MODEL, [DEFAULT_MODEL, SMOKE_MODEL, *PRESETS], "smollm2: the real weights; else random ones.")
     text("weights", None, f"A .gguf or llama2.c .bin file, a Hugging Face directory, or {RANDOM_WEIGHTS!r}.")
-    enum("dtype", DTYPES[0], DTYPES, "Of the weights; float32 if not given on a CPU without bfloat16 products.")
+    enum("dtype", DTYPES[0], DTYPES, "Of the weights; float32 if not given on a CPU without AVX2.")
     enum("kv_dtype", None, DTYPES, "Of the KV cache; if not given the weights'.")
 
     enum("driver", Driver.DISPATCH_AHEAD.value, [driver.value for driver in Driver], "How the host launches steps.")
@@ -174,7 +174,7 @@ def launch(define_flags: Callable[[flags.FlagValues], None], run: Callable[[flag
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         values = with_smoke(flags.FLAGS)
-        if "dtype" in values and platform() == "cpu" and not cpu_multiplies_bfloat16():
+        if "dtype" in values and platform() == "cpu" and not cpu_has("avx2"):
             values.set_default("dtype", "float32")
         if (folder := cache_dir(values)) is not None:
             jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))

@@ -61,6 +61,12 @@ def pack(
     )
 
 
+def num_rows(batch: RaggedBatch) -> Int32[Array, ""]:
+    """Rows up to the last that is not empty."""
+    place = jnp.arange(1, batch.cu_q_lens.shape[0], dtype=jnp.int32)
+    return jnp.max(jnp.where(jnp.diff(batch.cu_q_lens) > 0, place, 0))
+
+
 def cut(batch: RaggedBatch, start: int, stop: int) -> RaggedBatch:
     """Tokens `start` to `stop` (exclusive) as a batch of their own; at most that many rows.
 

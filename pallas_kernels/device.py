@@ -16,13 +16,13 @@ def platform() -> str:
 
 
 @functools.cache
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has AVX512-BF16; without it, products of bfloat16 are slower than those of float32."""
+def cpu_has(feature: str) -> bool:
+    """Whether this CPU has a feature by LLVM's name; False where LLVM's Python package is not installed."""
     if importlib.util.find_spec("llvmlite") is None:
         return False
     import llvmlite.binding
 
-    return llvmlite.binding.get_host_cpu_features().get("avx512bf16", False)
+    return llvmlite.binding.get_host_cpu_features().get(feature, False)
 
 
 def num_multiprocessors() -> int:

@@ -74,17 +74,22 @@ def attribute(frame, index):
     return array(scalar[1], np.int64, 1)[0]
 
 
+def fetch_line(builder, address):
+    """Emits the instruction that starts to bring the 64 bytes at an int64 address near."""
+    byte, word = llvmlite.ir.IntType(8).as_pointer(), llvmlite.ir.IntType(32)
+    function_type = llvmlite.ir.FunctionType(llvmlite.ir.VoidType(), (byte, word, word, word))
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", (byte,), function_type)
+    read, keep, data = word(0), word(3), word(1)
+    builder.call(prefetch, (builder.inttoptr(address, byte), read, keep, data))
+
+
 @numba.extending.intrinsic
 @typing.no_type_check
 def _prefetch_line(typing_context, address):
     """Starts to bring the 64 bytes at the int64 `address` near."""
 
     def generate(context, builder, signature, arguments):
-        byte, word = llvmlite.ir.IntType(8).as_pointer(), llvmlite.ir.IntType(32)
-        function_type = llvmlite.ir.FunctionType(llvmlite.ir.VoidType(), (byte, word, word, word))
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (byte,), function_type)
-        read, keep, data = word(0), word(3), word(1)
-        builder.call(prefetch, (builder.inttoptr(arguments[0], byte), read, keep, data))
+        fetch_line(builder, arguments[0])
         return context.get_dummy_value()
 
     return numba.types.void(numba.types.int64), generate

@@ -8,71 +8,99 @@ import pytest
 from pallas_kernels.matmul import api, matmul, reference
 from pallas_kernels.matmul.arg_specs import ARG_SPECS
 
-BF16_KERNEL = jnp.zeros((2, api.PANEL), jnp.bfloat16)
-needs_unit = pytest.mark.skipif(
-    api._why_not_numba(BF16_KERNEL) is not None, reason=str(api._why_not_numba(BF16_KERNEL))
-)
-IMPLEMENTATIONS = ("xla", pytest.param("numba", marks=needs_unit))
+
+def numba_on(dtype):
+    """`dtype` on "numba", skipped where this CPU cannot."""
+    reason = api._why_not_numba(jnp.zeros((2, api.PANEL), dtype))
+    return pytest.param("numba", dtype, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
 
 
-def operands(num_tokens, width, num_columns, dtype=jnp.bfloat16):
+NUMBA = [numba_on(jnp.bfloat16), numba_on(jnp.float32)]
+IMPLEMENTATIONS = [("xla", jnp.bfloat16), ("xla", jnp.float32), *NUMBA]
+
+
+def operands(num_tokens, width, num_columns, dtype):
     x, kernel = jax.random.split(jax.random.key(num_tokens))
     return jax.random.normal(x, (num_tokens, width)), jax.random.normal(kernel, (width, num_columns)).astype(dtype)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("implementation", "dtype"), IMPLEMENTATIONS)
 class TestMatmul:
-    @pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 7, 8, 12, 13, 16, 25])
-    def test_is_the_sum_of_products(self, implementation, num_tokens):
-        x, kernel = operands(num_tokens, 6, 64)
+    @pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 6, 7, 8, 12, 13, 14, 16, 25])
+    def test_is_the_sum_of_products(self, implementation, dtype, num_tokens):
+        x, kernel = operands(num_tokens, 6, 64, dtype)
         out = matmul(x, kernel, implementation=implementation)
-        exact = reference.matmul(x.astype(jnp.bfloat16), kernel)
+        exact = reference.matmul(x.astype(dtype), kernel)
         assert out.dtype == jnp.float32
         np.testing.assert_allclose(out, exact, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("spec", ARG_SPECS[::4], ids=lambda spec: spec.name)
-    def test_real_shapes(self, implementation, spec):
-        x, kernel = operands(spec.num_tokens, spec.width, spec.num_columns)
+    def test_real_shapes(self, implementation, dtype, spec):
+        x, kernel = operands(spec.num_tokens, spec.width, spec.num_columns, dtype)
         out = jax.jit(lambda x, kernel: matmul(x, kernel, implementation=implementation))(x, kernel)
-        exact = np.asarray(x.astype(jnp.bfloat16), np.float64) @ np.asarray(kernel, np.float64)
+        exact = np.asarray(x.astype(dtype), np.float64) @ np.asarray(kernel, np.float64)
         assert np.abs(out - exact).max() <= 1e-5 * np.abs(exact).max()
 
+    @pytest.mark.parametrize("num_tokens", [0, 1, 5, 12, 29])
+    def test_padding_is_left_out(self, implementation, dtype, num_tokens):
+        x, kernel = operands(29, 64, 96, dtype)
+        product = jax.jit(lambda x, kernel, n: matmul(x, kernel, num_tokens=n, implementation=implementation))
+        out = np.asarray(product(x, kernel, jnp.int32(num_tokens)))
+        exact = np.asarray(matmul(x, kernel, implementation=implementation))
+        np.testing.assert_allclose(out[:num_tokens], exact[:num_tokens], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(out[num_tokens:], 0 if implementation == "numba" else exact[num_tokens:])
 
-@needs_unit
-def test_a_token_does_not_depend_on_its_neighbours():
-    x, kernel = operands(29, 64, 96)
-    together = matmul(x, kernel, implementation="numba")
+
+@pytest.mark.parametrize(("implementation", "dtype"), IMPLEMENTATIONS)
+@pytest.mark.parametrize(("num_tokens", "width", "num_columns"), [(1, 16, 32), (7, 48, 96), (64, 576, 320)])
+def test_transposed_kernel(implementation, dtype, num_tokens, width, num_columns):
+    x, kernel = operands(num_tokens, width, num_columns, dtype)
+    out = matmul(x, kernel.T, is_transposed=True, implementation=implementation)
+    exact = np.asarray(x.astype(dtype), np.float64) @ np.asarray(kernel, np.float64)
+    assert np.abs(out - exact).max() <= 1e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), NUMBA)
+def test_a_token_does_not_depend_on_its_neighbours(implementation, dtype):
+    x, kernel = operands(29, 64, 96, dtype)
+    together = matmul(x, kernel, implementation=implementation)
     for first, stop in ((0, 1), (3, 11), (12, 28)):
-        np.testing.assert_array_equal(matmul(x[first:stop], kernel, implementation="numba"), together[first:stop])
+        alone = matmul(x[first:stop], kernel, implementation=implementation)
+        np.testing.assert_array_equal(alone, together[first:stop])
 
 
-@needs_unit
-def test_many_calls_at_once_finish():
+@pytest.mark.parametrize(("implementation", "dtype"), NUMBA)
+def test_many_calls_at_once_finish(implementation, dtype):
     """Calls that share the pool's threads, more of them than threads: none may wait for a task that never starts."""
-    x, kernel = operands(40, 64, 256)
-    many = jax.jit(lambda x, kernel: [matmul(x + i, kernel, implementation="numba") for i in range(40)])
+    x, kernel = operands(40, 64, 256, dtype)
+    many = jax.jit(lambda x, kernel: [matmul(x + i, kernel, implementation=implementation) for i in range(40)])
     plain = [matmul(x + i, kernel, implementation="xla") for i in range(40)]
     for _ in range(20):
         for out, expected in zip(many(x, kernel), plain, strict=True):
             np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_float32_kernels_take_xla():
-    x, kernel = operands(3, 6, 64, jnp.float32)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_kernels_that_do_not_suit_take_xla(dtype):
+    x, kernel = operands(3, 6, 40, dtype)
     np.testing.assert_array_equal(matmul(x, kernel), matmul(x, kernel, implementation="xla"))
 
 
 @pytest.mark.parametrize(
-    ("kernel", "message"),
+    ("kernel", "is_transposed", "message"),
     [
-        (jnp.zeros((4, 64), jnp.float32), "float32"),
-        (jnp.zeros((3, 64), jnp.bfloat16), r"\[3, 64\]"),
-        (jnp.zeros((4, 40), jnp.bfloat16), r"\[4, 40\]"),
+        (jnp.zeros((4, 64), jnp.float16), False, r"float16 \[4, 64\]"),
+        (jnp.zeros((3, 64), jnp.bfloat16), False, r"\[3, 64\]"),
+        (jnp.zeros((4, 40), jnp.bfloat16), False, r"\[4, 40\]"),
+        (jnp.zeros((64, 4), jnp.bfloat16), True, r"\[64, 4\]"),
+        (jnp.zeros((4, 40), jnp.float32), False, r"\[4, 40\]"),
+        (jnp.zeros((64, 8), jnp.float32), True, r"\[64, 8\]"),
     ],
 )
-def test_what_numba_cannot_do_is_said(kernel, message):
+def test_what_numba_cannot_do_is_said(kernel, is_transposed, message):
+    x = jnp.zeros((2, kernel.shape[1 if is_transposed else 0]))
     with pytest.raises(NotImplementedError, match=message):
-        matmul(jnp.zeros((2, kernel.shape[0])), kernel, implementation="numba")
+        matmul(x, kernel, is_transposed=is_transposed, implementation="numba")
 
 
 def test_unknown_implementation_is_said():

@@ -14,7 +14,7 @@ from flax import nnx
 
 from nanojax.array_types import Array, Float, Int32, Key, Params
 from nanojax.config import ModelConfig, RopeScaling
-from nanojax.models.layers import RMSNorm, contract, normal, on_ctas
+from nanojax.models.layers import WHOLE, Extent, RMSNorm, contract, normal
 from nanojax.models.moe import MixtureOfExperts, Routes
 from pallas_kernels.matmul import matmul
 
@@ -26,17 +26,17 @@ class FeedForward(nnx.Module):
         self.gate_up = normal(rngs, (config.d_model, 2, config.d_ff), dtype)
         self.down = normal(rngs, (config.d_ff, config.d_model), dtype)
 
-    def up_gate(self, x: Float[Array, "t D"], *, num_ctas: int | None = None) -> Float[Array, "t F"]:
-        """`silu(gate x) * (up x)`.  `num_ctas` as in `contract`, and then rounded as the next product takes it."""
+    def up_gate(self, x: Float[Array, "t D"], extent: Extent = WHOLE) -> Float[Array, "t F"]:
+        """`silu(gate x) * (up x)`; on some multiprocessors only, rounded as the next product takes it."""
         kernel = self.gate_up[...]
-        out_dtype = jnp.float32 if num_ctas is None else kernel.dtype
-        return matmul(x, kernel, out_dtype=out_dtype, **on_ctas(num_ctas))
+        out_dtype = jnp.float32 if extent.num_ctas is None else kernel.dtype
+        return matmul(x, kernel, out_dtype=out_dtype, **extent.for_matmul())
 
     def project_down(
-        self, hidden: Float[Array, "t F"], residual: Float[Array, "t D"] | None = None, *, num_ctas: int | None = None
+        self, hidden: Float[Array, "t F"], residual: Float[Array, "t D"] | None = None, extent: Extent = WHOLE
     ) -> Float[Array, "t D"]:
         """Back to the model's width; added to `residual`."""
-        return matmul(hidden, self.down[...], residual, **on_ctas(num_ctas))
+        return matmul(hidden, self.down[...], residual, **extent.for_matmul())
 
 
 class Attention(nnx.Module):
@@ -49,9 +49,9 @@ class Attention(nnx.Module):
         if config.qkv_bias:
             self.bias = nnx.Param(jnp.zeros(shape, jnp.float32))
 
-    def __call__(self, x: Float[Array, "t D"], *, num_ctas: int | None = None) -> Float[Array, "t K G2 h"]:
+    def __call__(self, x: Float[Array, "t D"], extent: Extent = WHOLE) -> Float[Array, "t K G2 h"]:
         """All three projections in one product."""
-        y = contract(x, self.kernel[...], num_ctas=num_ctas)
+        y = contract(x, self.kernel[...], extent)
         return y + self.bias[...] if hasattr(self, "bias") else y
 
 
@@ -66,17 +66,16 @@ class OutProjection(nnx.Module):
         self,
         attended: Float[Array, "t H h"],
         residual: Float[Array, "t D"] | None = None,
-        *,
-        num_ctas: int | None = None,
+        extent: Extent = WHOLE,
     ) -> Float[Array, "t D"]:
         """Heads joined, then projected; added to `residual`."""
         kernel = self.kernel[...]
         heads = attended.reshape(attended.shape[0], -1)
-        return matmul(heads, kernel.reshape(-1, kernel.shape[-1]), residual, **on_ctas(num_ctas))
+        return matmul(heads, kernel.reshape(-1, kernel.shape[-1]), residual, **extent.for_matmul())
 
 
 class DecoderLayer(nnx.Module):
-    """One pre-norm layer as operations on any contiguous part `t` of the ragged batch; `num_ctas` as in `contract`."""
+    """One pre-norm layer as operations on any contiguous part `t` of the ragged batch."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(config.d_model, config.rms_eps)
@@ -89,10 +88,10 @@ class DecoderLayer(nnx.Module):
         self.ffn = (MixtureOfExperts if config.num_experts else FeedForward)(config, dtype, rngs)
 
     def project_qkv(
-        self, x: Float[Array, "t D"], rope: Float[Array, "2 t h2"], *, num_ctas: int | None = None
+        self, x: Float[Array, "t D"], rope: Float[Array, "2 t h2"], extent: Extent = WHOLE
     ) -> tuple[Float[Array, "t H h"], Float[Array, "t K h"], Float[Array, "t K h"]]:
         """Norm, joint projection, optional query/key norm (Qwen3), rotation of queries and keys."""
-        y = self.qkv(self.attn_norm(x), num_ctas=num_ctas)
+        y = self.qkv(self.attn_norm(x), extent)
         t, num_kv_heads, width, head_dim = y.shape
         q_and_k, v = y[:, :, :-1], y[:, :, -1]
         if hasattr(self, "q_norm"):
@@ -101,24 +100,27 @@ class DecoderLayer(nnx.Module):
         return q_and_k[:, :, :-1].reshape(t, num_kv_heads * (width - 2), head_dim), q_and_k[:, :, -1], v
 
     def project_out(
-        self, x: Float[Array, "t D"], attended: Float[Array, "t H h"], *, num_ctas: int | None = None
+        self, x: Float[Array, "t D"], attended: Float[Array, "t H h"], extent: Extent = WHOLE
     ) -> Float[Array, "t D"]:
         """The residual stream after attention."""
-        return self.out(attended, x, num_ctas=num_ctas)
+        return self.out(attended, x, extent)
 
     def route(self, x: Float[Array, "t D"]) -> Routes:
         """Norm and router of a mixture of experts: the choice that `up_gate` takes."""
         assert isinstance(self.ffn, MixtureOfExperts)
         return self.ffn.route(self.ffn_norm(x))
 
-    def up_gate(self, x: Float[Array, "t D"], *routes: Routes, num_ctas: int | None = None):
-        """Norm, gate and up projections; what it returns is only for `down`.  No `num_ctas` for a mixture of experts."""
-        own = {} if num_ctas is None else {"num_ctas": num_ctas}
-        return self.ffn.up_gate(self.ffn_norm(x), *routes, **own)
+    def up_gate(self, x: Float[Array, "t D"], *routes: Routes, extent: Extent = WHOLE):
+        """Norm, gate and up projections; what it returns is only for `down`.  A mixture of experts is about all tokens."""
+        if isinstance(self.ffn, MixtureOfExperts):
+            return self.ffn.up_gate(self.ffn_norm(x), *routes)
+        return self.ffn.up_gate(self.ffn_norm(x), extent)
 
-    def down(self, x: Float[Array, "t D"], hidden) -> Float[Array, "t D"]:
+    def down(self, x: Float[Array, "t D"], hidden, extent: Extent = WHOLE) -> Float[Array, "t D"]:
         """The residual stream after the feed-forward."""
-        return x + self.ffn.project_down(hidden)
+        if isinstance(self.ffn, MixtureOfExperts):
+            return x + self.ffn.project_down(hidden)
+        return self.ffn.project_down(hidden, x, extent)
 
 
 class Embedding(nnx.Module):
@@ -142,11 +144,10 @@ class Decoder(nnx.Module):
         """The residual stream that the first layer reads, float32."""
         return self.embed.table[...][tokens].astype(jnp.float32)
 
-    def logits(self, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
-        """Scores of all tokens, float32."""
+    def logits(self, x: Float[Array, "R D"], num_rows: Int32[Array, ""] | None = None) -> Float[Array, "R V"]:
+        """Scores of all tokens, float32; of the first `num_rows` rows, if only they are asked for."""
         table = (self.head if hasattr(self, "head") else self.embed).table[...]
-        y = self.final_norm(x).astype(table.dtype)
-        return jax.lax.dot_general(y, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return matmul(self.final_norm(x), table, num_tokens=num_rows, is_transposed=True)
 
 
 def rotate(x: Float[Array, "t K n h"], rope: Float[Array, "2 t h2"]) -> Float[Array, "t K n h"]:

@@ -1,12 +1,13 @@
 """Which pieces do all layers share?  RMS norm, the one matrix product, weight initialisation."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nanojax.array_types import Array, Float
+from nanojax.array_types import Array, Float, Int32
 from pallas_kernels.matmul import matmul
 
 
@@ -28,18 +29,28 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, scale: floa
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype))
 
 
-def contract(
-    x: Float[Array, "t c"], kernel: Float[Array, "c *out"], *, num_ctas: int | None = None
-) -> Float[Array, "t *out"]:
-    """`x @ kernel`: operands in the kernel's dtype, sums and result in float32.
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """How much of the tokens, and of the device, the products of an operation are about.
 
+    num_tokens: only so many tokens are asked for, the rest is padding; None asks for all.
     num_ctas: multiprocessors of a Hopper GPU that shall compute it, for which `matmul` has a kernel; None leaves it to the
       platform's best one.
     """
-    product = matmul(x, kernel.reshape(kernel.shape[0], -1), **on_ctas(num_ctas))
+
+    num_tokens: Int32[Array, ""] | None = None
+    num_ctas: int | None = None
+
+    def for_matmul(self) -> dict[str, Any]:
+        """What `matmul` has to be told."""
+        on_ctas = {} if self.num_ctas is None else {"implementation": "mosaic_gpu", "num_ctas": self.num_ctas}
+        return {"num_tokens": self.num_tokens} | on_ctas
+
+
+WHOLE = Extent()
+
+
+def contract(x: Float[Array, "t c"], kernel: Float[Array, "c *out"], extent: Extent = WHOLE) -> Float[Array, "t *out"]:
+    """`x @ kernel`: operands in the kernel's dtype, sums and result in float32."""
+    product = matmul(x, kernel.reshape(kernel.shape[0], -1), **extent.for_matmul())
     return product.reshape(x.shape[0], *kernel.shape[1:])
-
-
-def on_ctas(num_ctas: int | None) -> dict[str, Any]:
-    """What `matmul` has to be told for that."""
-    return {} if num_ctas is None else {"implementation": "mosaic_gpu", "num_ctas": num_ctas}

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from nanojax import batch as batches
 from nanojax import kv_cache
 from nanojax.array_types import Array, Float32, Params
 from nanojax.batch import RaggedBatch
 from nanojax.config import ModelConfig
 from nanojax.kv_cache import KVPages
 from nanojax.models import decoder
+from nanojax.models.layers import Extent
 from nanojax.pipeline.ir import OpKind, Pipeline
 from nanojax.pipeline.kernel_paths import Path, choose, room_here
 from nanojax.pipeline.layer_loop import attention_calls, phases, run_layers
@@ -59,7 +61,7 @@ def forward(
         )  # fmt: skip
     with jax.named_scope("logits"):
         last = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
-        return model.logits(x[last]), kv
+        return model.logits(x[last], batches.num_rows(batch)), kv
 
 
 def check(pipeline: Pipeline, config: ModelConfig, num_tokens: int, *, num_devices: int = 1) -> None:
@@ -142,11 +144,11 @@ def _run_in_order(
     model: decoder.Decoder, x: Array, rope: Array, kv: KVPages, batch: RaggedBatch, attention: str | None
 ) -> tuple[Array, KVPages]:
     """The residual stream after the last layer, and the cache."""
-    offset = batch.positions % kv.k.shape[3]
+    offset, extent = batch.positions % kv.k.shape[3], Extent(batch.cu_q_lens[-1])
     for index, layer in enumerate(model.layers):
         with jax.named_scope(f"layer{index}"):
             with jax.named_scope("KQV"):
-                q, k, v = layer.project_qkv(x, rope)
+                q, k, v = layer.project_qkv(x, rope, extent)
                 kv = kv_cache.write(kv, index, k, v, batch.pages, offset)
             with jax.named_scope("Attn"):
                 attended = paged_attention(
@@ -154,9 +156,9 @@ def _run_in_order(
                     batch.num_decode, implementation=attention,
                 )  # fmt: skip
             with jax.named_scope("O"):
-                x = layer.project_out(x, attended)
+                x = layer.project_out(x, attended, extent)
             with jax.named_scope("UG"):
-                hidden = layer.up_gate(x)
+                hidden = layer.up_gate(x, extent=extent)
             with jax.named_scope("D"):
-                x = layer.down(x, hidden)
+                x = layer.down(x, hidden, extent)
     return x, kv

@@ -18,6 +18,7 @@ from nanojax.array_types import Array, Bool, Float, Int32
 from nanojax.batch import RaggedBatch
 from nanojax.kv_cache import KVPages
 from nanojax.models.decoder import DecoderLayer, FeedForward
+from nanojax.models.layers import Extent
 from nanojax.pipeline import streams
 from nanojax.pipeline.ir import NanoBatch, Node, OpKind, Pipeline
 from nanojax.pipeline.kernel_paths import NO_ROOM, Path, Room, choose, decode_on
@@ -59,7 +60,7 @@ def run_layers(
         loop = _Loop(
             layers, rope, kv, pipeline, network or Network(layers, lambda part, axis: part, lambda part: part), attention,
             use_streams, room, calls, _rows_of_calls(pipeline, calls, batch),
-            is_decode=jnp.arange(batch.tokens.shape[0]) < batch.num_decode,
+            num_tokens=batch.cu_q_lens[-1], is_decode=jnp.arange(batch.tokens.shape[0]) < batch.num_decode,
             pages=batch.pages, offset=batch.positions % kv.k.shape[3],
         )  # fmt: skip
     whole = NanoBatch(0, pipeline.num_tokens)
@@ -143,6 +144,7 @@ class _Loop:
     room: Room
     calls: Mapping[int, tuple[OpKind, ...]]
     rows: Mapping[tuple[NanoBatch, tuple[OpKind, ...]], RaggedBatch]
+    num_tokens: Int32[Array, ""]
     is_decode: Bool[Array, "T"]
     pages: Int32[Array, "T"]
     offset: Int32[Array, "T"]
@@ -165,17 +167,18 @@ class _Loop:
         """The result of node `index`."""
         node, path = self.pipeline.nodes[index], self.paths[index]
         tokens = self.pipeline.tokens_of(node)
+        extent = Extent(jnp.clip(self.num_tokens - tokens.start, 0, tokens.stop - tokens.start), path.num_sms)
         name = "+".join(op.value for op in self.calls.get(index, (node.op,)))
         with jax.named_scope(f"layer{layer}"), jax.named_scope(f"{name}[{tokens.start}:{tokens.stop}]"):
             match node.op:
                 case OpKind.KQV:
-                    return self._project_qkv(node, layer, tokens, path.num_sms)
+                    return self._project_qkv(node, layer, tokens, extent)
                 case OpKind.DEC_ATTN | OpKind.PF_ATTN:
                     return self._attend(node, layer, tokens, self.rows[tokens, self.calls[index]], path)
                 case OpKind.ATTN_AG:
                     return self.network.gather(self._attended(layer, tokens), 1)
                 case OpKind.O:
-                    return self._project_out(node, layer, tokens, path.num_sms)
+                    return self._project_out(node, layer, tokens, extent)
                 case OpKind.O_AG:
                     return self.network.gather(self.pieces.get(OpKind.O, layer, tokens), 1)
                 case OpKind.O_AR:
@@ -183,9 +186,9 @@ class _Loop:
                 case OpKind.ROUTER:
                     return self._launch(node, lambda: self.layers[layer].route(self.pieces.get(MIDDLE, layer, tokens)))
                 case OpKind.UG:
-                    return self._up_gate(node, layer, tokens, path.num_sms)
+                    return self._up_gate(node, layer, tokens, extent)
                 case OpKind.D:
-                    return self._down(node, layer, tokens, path.num_sms)
+                    return self._down(node, layer, tokens, extent)
                 case OpKind.D_AR:
                     return self.network.add(self.pieces.get(OpKind.D, layer, tokens))
 
@@ -209,12 +212,12 @@ class _Loop:
             return operation()
         return streams.launch(node.stream, operation, has_loops=node.op in ATTENTION)
 
-    def _project_qkv(self, node: Node, layer: int, tokens: NanoBatch, num_ctas: int | None) -> Any:
+    def _project_qkv(self, node: Node, layer: int, tokens: NanoBatch, extent: Extent) -> Any:
         """Queries, keys and values; a stream gives them as one array."""
 
         def project() -> Any:
             x, rope = self.pieces.get(INPUT, layer, tokens), self.rope[:, tokens.start : tokens.stop]
-            results = self.layers[layer].project_qkv(x, rope, num_ctas=num_ctas)
+            results = self.layers[layer].project_qkv(x, rope, extent)
             results = tuple(result.astype(self.kv.value_dtype) for result in results)
             return jnp.concatenate(results, axis=1) if self.use_streams else results
 
@@ -263,40 +266,40 @@ class _Loop:
         is_decode = self.is_decode[tokens.start : tokens.stop, None, None]
         return jnp.where(is_decode, self.pieces.get(OpKind.DEC_ATTN, layer, tokens), from_prefill)
 
-    def _project_out(self, node: Node, layer: int, tokens: NanoBatch, num_ctas: int | None) -> Float[Array, "t D"]:
+    def _project_out(self, node: Node, layer: int, tokens: NanoBatch, extent: Extent) -> Float[Array, "t D"]:
         """The residual stream after attention; only what O adds to it where several devices share the layer."""
         own, shared = self.layers[layer], self.network.columns[layer]
 
         def project() -> Array:
             if not self.pipeline.is_tensor_parallel:
                 x, attended = self.pieces.get(INPUT, layer, tokens), self._attended(layer, tokens)
-                return own.project_out(x, attended, num_ctas=num_ctas)
+                return own.project_out(x, attended, extent)
             if any(
                 other.op is OpKind.O_AG and self.pipeline.tokens_of(other).intersects(tokens)
                 for other in self.pipeline.nodes
             ):
-                return shared.out(self.pieces.get(OpKind.ATTN_AG, layer, tokens))
-            return own.out(self._attended(layer, tokens))
+                return shared.out(self.pieces.get(OpKind.ATTN_AG, layer, tokens), extent=extent)
+            return own.out(self._attended(layer, tokens), extent=extent)
 
         return self._launch(node, project)
 
-    def _up_gate(self, node: Node, layer: int, tokens: NanoBatch, num_ctas: int | None) -> Any:
+    def _up_gate(self, node: Node, layer: int, tokens: NanoBatch, extent: Extent) -> Any:
         has_router = any(other.op is OpKind.ROUTER for other in self.pipeline.nodes)
 
         def up_gate() -> Any:
             routes = [self.pieces.get(OpKind.ROUTER, layer, tokens)] if has_router else []
-            return self.layers[layer].up_gate(self.pieces.get(MIDDLE, layer, tokens), *routes, num_ctas=num_ctas)
+            return self.layers[layer].up_gate(self.pieces.get(MIDDLE, layer, tokens), *routes, extent=extent)
 
         return self._launch(node, up_gate)
 
-    def _down(self, node: Node, layer: int, tokens: NanoBatch, num_ctas: int | None) -> Float[Array, "t D"]:
+    def _down(self, node: Node, layer: int, tokens: NanoBatch, extent: Extent) -> Float[Array, "t D"]:
         """The residual stream after the layer; only what D adds to it where several devices share the layer."""
         ffn = self.layers[layer].ffn
 
         def down() -> Array:
             residual = None if self.pipeline.is_tensor_parallel else self.pieces.get(MIDDLE, layer, tokens)
             if isinstance(ffn, FeedForward):
-                return ffn.project_down(self.pieces.get(OpKind.UG, layer, tokens), residual, num_ctas=num_ctas)
+                return ffn.project_down(self.pieces.get(OpKind.UG, layer, tokens), residual, extent)
             # Sorted by expert and hence not to be joined: each piece is projected by itself.
             change = jnp.concatenate(
                 [

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from nanojax import batch as batches
 from nanojax.array_types import Array, Float32, Params, PyTree
 from nanojax.batch import RaggedBatch
 from nanojax.config import ModelConfig
@@ -86,7 +87,7 @@ def tensor_parallel(
         )  # fmt: skip
         with jax.named_scope("logits"):
             last = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
-            return network.gather(model.logits(x[last]), 1)[:, : config.vocab_size], kv
+            return network.gather(model.logits(x[last], batches.num_rows(batch)), 1)[:, : config.vocab_size], kv
 
     whole = PartitionSpec()
     shared = jax.shard_map(

@@ -5,19 +5,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.device import cpu_multiplies_bfloat16, num_multiprocessors, platform, why_not_hopper
+from pallas_kernels.device import cpu_has, num_multiprocessors, platform, why_not_hopper
 
-PANEL = 32
-"""Columns must be a multiple of this for "numba"."""
+PANEL, SQUARE = 32, 16
+"""Columns, and rows of a transposed kernel, must be multiples of these for "numba"."""
 
 
 def matmul(
     x: Float[Array, "t c"],
-    kernel: Float[Array, "c f"] | Float[Array, "c 2 f"],
+    kernel: Float[Array, "c f"] | Float[Array, "c 2 f"] | Float[Array, "f c"],
     residual: Float[Array, "t f"] | None = None,
     *,
+    is_transposed: bool = False,
+    num_tokens: Int32[Array, ""] | None = None,
     implementation: str | None = None,
     num_ctas: int | None = None,
     out_dtype: Any = jnp.float32,
@@ -26,8 +28,10 @@ def matmul(
 
     Args:
       residual: is added to the product.
-      implementation: None is the best one for the default platform: "numba" on a CPU with AVX512-BF16 for bfloat16 kernels
-        of an even number of rows and a multiple of 32 columns where numba is installed, else "xla".  "mosaic_gpu" is for Hopper.
+      is_transposed: the kernel is [f, c].
+      num_tokens: only the first so many tokens are asked for; "numba" leaves the others out, their product is 0.
+      implementation: None is the best one for the default platform: "numba" on a CPU where numba is installed and the
+        kernel suits it (see `_why_not_numba`), else "xla".  "mosaic_gpu" is for Hopper.
       num_ctas: multiprocessors that "mosaic_gpu" works on, all of them if None; of no meaning to the others.
       out_dtype: of the result, rounded after all else.
 
@@ -36,7 +40,7 @@ def matmul(
     """
     x = x.astype(kernel.dtype)
     if implementation == "mosaic_gpu":
-        reason = _why_not_mosaic(x, kernel)
+        reason = "takes no transposed kernel" if is_transposed else _why_not_mosaic(x, kernel)
         if reason is not None:
             raise NotImplementedError(f"implementation='mosaic_gpu' {reason}")
         from pallas_kernels.matmul import mosaic_gpu  # takes a second: only where it is used
@@ -44,7 +48,7 @@ def matmul(
         count = num_multiprocessors() if num_ctas is None else num_ctas
         added = None if residual is None else residual.astype(out_dtype)
         return mosaic_gpu.matmul(x, kernel, added, num_ctas=count, out_dtype=out_dtype)
-    result = _product(x, kernel.reshape(kernel.shape[0], -1), implementation)
+    result = _product(x, kernel.reshape(kernel.shape[0], -1), is_transposed, num_tokens, implementation)
     if kernel.ndim == 3:
         gate, up = jnp.moveaxis(result.reshape(x.shape[0], *kernel.shape[1:]), 1, 0)
         result = jax.nn.silu(gate) * up
@@ -53,21 +57,26 @@ def matmul(
     return result.astype(out_dtype)
 
 
-def _product(x: Float[Array, "t c"], kernel: Float[Array, "c f"], implementation: str | None) -> Float[Array, "t f"]:
+def _product(x, kernel, is_transposed: bool, num_tokens, implementation: str | None) -> Float[Array, "t f"]:
     """The product alone, float32."""
     if implementation is None:
-        implementation = "xla" if _why_not_numba(kernel) else "numba"
+        # XLA multiplies bfloat16 by a unit of its own for it; the transposed form of "numba" does not.
+        is_for_unit = is_transposed and kernel.dtype == jnp.bfloat16 and cpu_has("avx512bf16")
+        is_numba = not is_for_unit and _why_not_numba(kernel, is_transposed=is_transposed) is None
+        implementation = "numba" if is_numba else "xla"
     match implementation:
         case "xla":
             # bfloat16 operands double the rate on CPUs with AVX512-BF16; a bfloat16 result does not.
-            return jax.lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            dims = (((1,), (1 if is_transposed else 0,)), ((), ()))
+            return jax.lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
         case "numba":
-            reason = _why_not_numba(kernel)
+            reason = _why_not_numba(kernel, is_transposed=is_transposed)
             if reason is not None:
                 raise NotImplementedError(f"implementation='numba' {reason}")
             from pallas_kernels.matmul import numba_cpu  # takes a second, too
 
-            return numba_cpu.matmul(x, kernel)
+            count = jnp.int32(x.shape[0]) if num_tokens is None else num_tokens
+            return numba_cpu.matmul(x, kernel, count, is_transposed=is_transposed)
         case _:
             raise NotImplementedError(f"implementation={implementation!r} is none of 'mosaic_gpu', 'numba', 'xla'")
 
@@ -82,12 +91,16 @@ def _why_not_mosaic(x, kernel) -> str | None:
     return mosaic_gpu.why_not(x, kernel)
 
 
-def _why_not_numba(kernel) -> str | None:
+def _why_not_numba(kernel, *, is_transposed: bool = False) -> str | None:
     """What keeps `numba_cpu` from the call, None if nothing does."""
     if platform() != "cpu":
         return f"runs on 'cpu', not on {platform()!r}"
-    if kernel.dtype != jnp.bfloat16 or kernel.shape[0] % 2 or kernel.shape[1] % PANEL:
-        return f"needs a bfloat16 kernel of [even, multiple of {PANEL}], not {kernel.dtype.name} {list(kernel.shape)}"
+    rows, columns = kernel.shape[::-1] if is_transposed else kernel.shape
+    if kernel.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"needs a bfloat16 or float32 kernel, not {kernel.dtype.name} {list(kernel.shape)}"
+    if columns % PANEL or rows % (SQUARE if is_transposed else 2):
+        sizes = f"[multiple of {PANEL}, of {SQUARE}]" if is_transposed else f"[even, multiple of {PANEL}]"
+        return f"needs a kernel of {sizes}, not {list(kernel.shape)}"
     if importlib.util.find_spec("numba") is None:
         return "needs the package numba, which is not installed"
-    return None if cpu_multiplies_bfloat16() else "needs a CPU with AVX512-BF16"
+    return None if cpu_has("avx2") and cpu_has("fma") else "needs a CPU with AVX2"

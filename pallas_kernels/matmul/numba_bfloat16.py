@@ -1,0 +1,149 @@
+"""How does a bfloat16 matrix product come near a CPU's peak, for a few tokens as for hundreds?
+
+A weight panel of 32 columns is rearranged into pairs of rows, as AVX512-BF16 wants it, in a buffer that stays in the core's
+cache; then up to 12 tokens at a time keep all their sums of the panel in registers.
+"""
+
+import typing
+
+import llvmlite.ir
+import numba
+import numba.core.cgutils
+import numba.extending
+import numpy as np
+
+from pallas_kernels.matmul.panels import (
+    INT64,
+    KERNEL,
+    NUM_COLUMNS,
+    NUM_ROWS,
+    NUM_TOKENS,
+    NUM_WORDS,
+    OUT,
+    PANEL,
+    WIDTH,
+    WORD,
+    X,
+    address,
+    clear_padding,
+)
+from pallas_kernels.numba_ffi import Work, array, prefetch
+
+AHEAD = 2 * 64  # bytes: with two threads the next panel of this one is the one after the next
+
+
+class _BFloat(llvmlite.ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self):
+        return "bfloat"
+
+
+FLOAT = llvmlite.ir.FloatType()
+SUMS = llvmlite.ir.VectorType(FLOAT, 16)
+WORDS = llvmlite.ir.VectorType(WORD, 16)
+HALVES = llvmlite.ir.VectorType(llvmlite.ir.IntType(16), 32)
+PAIRS = llvmlite.ir.VectorType(_BFloat(), 32)
+
+
+@numba.extending.intrinsic
+@typing.no_type_check
+def _pack_pair(typing_context, source, next_source, target):
+    """32 values of each of two rows, interleaved."""
+
+    def generate(context, builder, signature, arguments):
+        b = builder
+        source, next_source, target = arguments
+        one, two = (b.load(address(b, row, 0, HALVES), align=2) for row in (source, next_source))
+        index = llvmlite.ir.VectorType(WORD, 32)
+        for half in range(2):
+            order = [column + 32 * row for column in range(16 * half, 16 * half + 16) for row in range(2)]
+            b.store(b.shuffle_vector(one, two, index(order)), address(b, target, 64 * half, HALVES), align=64)
+        return context.get_dummy_value()
+
+    return numba.types.void(*(numba.types.int64,) * 3), generate
+
+
+@numba.extending.intrinsic(prefer_literal=True)
+@typing.no_type_check
+def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, num_tokens):
+    """Products of `num_tokens` (a constant) tokens with one packed panel of `num_pairs` pairs of rows."""
+    count = num_tokens
+    if not isinstance(count, numba.types.IntegerLiteral):
+        return None
+
+    def generate(context, builder, signature, arguments):
+        b = builder
+        x, x_stride, panel, num_pairs, out, out_stride = arguments[:6]
+        num_tokens = count.literal_value
+        dot_type = llvmlite.ir.FunctionType(SUMS, (SUMS, PAIRS, PAIRS))
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        dot = b.module.globals.get(name) or llvmlite.ir.Function(b.module, dot_type, name)
+        zero = llvmlite.ir.Constant(SUMS, [0.0] * 16)
+        sums = {}
+        for m in range(num_tokens):
+            for half in range(2):
+                sums[m, half] = numba.core.cgutils.alloca_once(b, SUMS)
+                b.store(zero, sums[m, half])
+        tokens = [b.add(x, b.mul(x_stride, INT64(m))) for m in range(num_tokens)]
+        with numba.core.cgutils.for_range(b, num_pairs) as loop:
+            row = b.add(panel, b.mul(loop.index, INT64(128)))
+            weights = [b.bitcast(b.load(address(b, row, 64 * half, HALVES), align=64), PAIRS) for half in range(2)]
+            place = b.mul(loop.index, INT64(4))
+            for m in range(num_tokens):
+                pair = b.load(address(b, tokens[m], place, WORD), align=2)
+                first = b.insert_element(llvmlite.ir.Constant(WORDS, llvmlite.ir.Undefined), pair, WORD(0))
+                both = b.bitcast(b.shuffle_vector(first, first, WORDS([0] * 16)), PAIRS)
+                for half in range(2):
+                    b.store(b.call(dot, (b.load(sums[m, half]), both, weights[half])), sums[m, half])
+        for m in range(num_tokens):
+            for half in range(2):
+                place = b.add(b.mul(out_stride, INT64(m)), INT64(64 * half))
+                b.store(b.load(sums[m, half]), address(b, out, place, SUMS), align=4)
+        return context.get_dummy_value()
+
+    return numba.types.void(*(numba.types.int64,) * 6, count), generate
+
+
+@typing.no_type_check
+def make_work(sources):
+    """The work: for each panel, packs it, then runs all tokens through it."""
+
+    @numba.cfunc(Work, error_model="numpy", cache=True)
+    @typing.no_type_check
+    def work(job_at, first, stop):
+        job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
+        x, kernel, out = job[X], job[KERNEL], job[OUT]
+        num_tokens, num_pairs, row_bytes = job[NUM_TOKENS], job[WIDTH] // 2, 2 * job[NUM_COLUMNS]
+        x_stride, out_stride = 4 * num_pairs, 2 * row_bytes
+        buffer_ = np.empty(num_pairs * 2 * PANEL + 32, np.int16)
+        packed = (buffer_.ctypes.data + 63) // 64 * 64
+        for panel in range(first, stop):
+            clear_padding(out + 4 * PANEL * panel, out_stride, num_tokens, job[NUM_ROWS])
+            source = kernel + 2 * PANEL * panel
+            for k in range(0, 2 * num_pairs, 2):
+                prefetch(source + k * row_bytes + AHEAD, 64)
+                prefetch(source + (k + 1) * row_bytes + AHEAD, 64)
+                _pack_pair(source + k * row_bytes, source + (k + 1) * row_bytes, packed + k * 2 * PANEL)
+            token = 0  # 12 at a time: 24 sums, 2 weights and 1 activation nearly fill the 32 registers
+            while token < num_tokens:
+                left = num_tokens - token
+                activations = x + x_stride * token
+                sums = out + 4 * PANEL * panel + out_stride * token
+                if left >= 12 and left != 16:
+                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, 12)
+                    token += 12
+                elif left >= 8:
+                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, 8)
+                    token += 8
+                elif left >= 4:
+                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, 4)
+                    token += 4
+                elif left >= 2:
+                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, 2)
+                    token += 2
+                else:
+                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, 1)
+                    token += 1
+
+    return work

@@ -1,0 +1,47 @@
+"""What do the CPU's products of either dtype share?  The words of a job, whose items of work are panels of columns."""
+
+import typing
+
+import llvmlite.ir
+import numba
+import numpy as np
+
+from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, array, buffer
+
+PANEL = 32
+"""Columns of a panel."""
+
+X, KERNEL, OUT, NUM_TOKENS, NUM_ROWS, WIDTH, NUM_COLUMNS, NUM_WORDS = range(8)
+INT64, WORD = llvmlite.ir.IntType(64), llvmlite.ir.IntType(32)
+
+
+@typing.no_type_check
+def make_describe(sources):
+    """Reads what a call is about off its frame; an item of work is a panel."""
+
+    @numba.cfunc(Describe, cache=True)
+    def describe(frame_at, job_at):
+        frame, job = array(frame_at, np.int64, FRAME_SIZE), array(job_at, np.int64, NUM_WORDS + 0 * sources)
+        job[X], x_dims = buffer(frame, False, 0)
+        job[KERNEL] = buffer(frame, False, 1)[0]
+        job[OUT], out_dims = buffer(frame, True, 0)
+        job[NUM_ROWS], job[WIDTH] = array(x_dims, np.int64, 2)[0], array(x_dims, np.int64, 2)[1]
+        job[NUM_TOKENS] = min(array(buffer(frame, False, 2)[0], np.int32, 1)[0], job[NUM_ROWS])
+        job[NUM_COLUMNS] = array(out_dims, np.int64, 2)[1]
+        return job[NUM_COLUMNS] // PANEL
+
+    return describe
+
+
+@numba.njit(forceinline=True)
+@typing.no_type_check
+def clear_padding(out, stride, first, stop):
+    """Zeroes a panel's columns of the result's rows `first` to `stop`; `out` is where the panel's first row begins."""
+    for row in range(first, stop):
+        array(out + stride * row, np.float32, PANEL)[:] = 0
+
+
+def address(b, base, offset, element):
+    """Where the `element` at `offset` bytes (an int64 or a constant) from an int64 address lies."""
+    offset = offset if isinstance(offset, llvmlite.ir.Value) else INT64(offset)
+    return b.inttoptr(b.add(base, offset), element.as_pointer())

@@ -8,7 +8,7 @@ from absl import flags
 from experiments import profile_ops, serving_flags
 from experiments.gpu_report.cases import Case, Row, Setting
 
-SIZES, CONTEXTS = "128,512,1024,2048", "512,1024"
+SIZES, CONTEXTS = "1024,2048", "768"
 
 
 def cases(setting: Setting) -> list[Case]:

@@ -137,12 +137,10 @@ def admit(config: EngineConfig, policy: Policy, state: SchedulerState, pool: Pag
         fits = policy.forecast(state, joined, config.page_size) <= config.num_pages
         return joined, jnp.any(waiting) & (fits | ~jnp.any(active))
 
-    def admit_while_it_fits() -> Bool[Array, "S"]:
-        joined, fits = join_head(state.active)
-        carry = (state.active, joined, fits)
-        return jax.lax.while_loop(lambda c: c[2], lambda c: (c[1], *join_head(c[1])), carry)[0]
-
-    active = jax.lax.cond(is_open & jnp.any(state.resident & ~state.active), admit_while_it_fits, lambda: state.active)
+    # No `cond` around the loop: XLA 0.11 runs a loop inside a condition of one CUDA graph wrongly (nobody was ever admitted).
+    joined, fits = join_head(state.active)
+    carry = (state.active, joined, fits & is_open)
+    active = jax.lax.while_loop(lambda c: c[2], lambda c: (c[1], *join_head(c[1])), carry)[0]
     return dataclasses.replace(state, active=active)
 
 

@@ -135,7 +135,7 @@ class Engine:
             budget: jax.jit(
                 _launch_fn(driver, config, policy, own, budget, steps_per_launch),
                 donate_argnums=1,
-                compiler_options=dict(gpu_options()) if device.platform == "gpu" else None,
+                compiler_options=dict(gpu_options(one_graph=False)) if device.platform == "gpu" else None,
             )
             for budget, own in forwards.items()
         }

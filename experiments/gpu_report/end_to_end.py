@@ -53,10 +53,10 @@ class Point:
 
 _WAYS = {
     "sequential": {},
-    "nano_batched": {"pipeline": "nano_batched"},
-    "overlap": {"pipeline": "llama_8b", "use_streams": True},
     "overlap, not divided": {"pipeline": "llama_8b", "use_streams": True, "overlap": "xla"},
+    "overlap": {"pipeline": "llama_8b", "use_streams": True},
     "searched": {"pipeline": SEARCHED, "use_streams": True},
+    "nano_batched": {"pipeline": "nano_batched"},
 }
 
 

@@ -81,8 +81,9 @@ def end_to_end(folder: pathlib.Path) -> pathlib.Path:
     groups = list(dict.fromkeys(row["lengths"] for row in rows))
     ways = list(dict.fromkeys((row["pipeline"], row["driver"]) for row in rows))
     percent = {(row["lengths"], row["pipeline"], row["driver"]): row["percent_of_optimal"] for row in rows}
+    has_one_driver = len({driver for _, driver in ways}) == 1
     bars = [
-        figures.Bars(f"{pipeline}, {driver}", record["origin"], [percent.get((group, pipeline, driver)) for group in groups])
+        figures.Bars(pipeline if has_one_driver else f"{pipeline}, {driver}", record["origin"], [percent.get((group, pipeline, driver)) for group in groups])
         for pipeline, driver in ways
     ]  # fmt: skip
     return figures.grouped_bars(

@@ -18,8 +18,8 @@ def gpu_options(*, one_graph: bool = True, num_devices: int = 1) -> Mapping[str,
     """`compiler_options` for `jax.jit` of a step on NVIDIA GPUs.
 
     one_graph: the whole step is one CUDA graph, loops and conditions of the scheduler included; else XLA's default, which
-      leaves loops to the host.  Not for serving yet: on an H200 with jax 0.11.2 such a step admits nobody and loses pages,
-      though each of CONDITIONAL and WHILE alone admits as it should (`experiments/LOG.md`).
+      leaves loops to the host.  Not for serving: on an H200 with jax 0.11.2 a step with WHILE loses pages, with both it
+      admitted nobody; with CONDITIONAL alone it was right (`experiments/LOG.md`).
     """
     graph = {**_ONE_GRAPH, **(_COLLECTIVES if num_devices > 1 else {})} if one_graph else {}
     return {**_KEEP_NANO_BATCHES, **_SLICES, **graph}

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.device import cpu_has
@@ -24,15 +23,11 @@ def matmul(
     Sums are float32.  A token's result does not depend on the other tokens, to the last bit.
     """
     num_columns = kernel.shape[0 if is_transposed else 1]
-    unit = "bfloat16" if has_bfloat16_unit(kernel.dtype, is_transposed=is_transposed) else "float32"
+    has_unit = kernel.dtype == jnp.bfloat16 and not is_transposed and cpu_has("avx512bf16")
+    unit = "bfloat16" if has_unit else "float32"
     target = _target(kernel.dtype.name, unit, is_transposed)
     out = jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.float32)
     return jax.ffi.ffi_call(target, out)(x.astype(unit), kernel, num_tokens)
-
-
-def has_bfloat16_unit(dtype: DTypeLike, *, is_transposed: bool) -> bool:
-    """Whether the CPU's own bfloat16 products compute it, else those of float32 do."""
-    return jnp.dtype(dtype) == jnp.bfloat16 and not is_transposed and cpu_has("avx512bf16")
 
 
 @functools.cache

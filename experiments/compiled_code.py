@@ -23,7 +23,7 @@ from experiments.kernel_resources import Kernel
 from experiments.scheduled_hlo import Start
 from experiments.thunk_plan import Region, Thunk
 from nanojax import hardware
-from nanojax.pipeline.compiler_options import gpu_options
+from nanojax.pipeline.compiler_options import Graphs, gpu_options
 
 TARGETS = {"h200": "h200-sxm", "a100": "a100-80-sxm"}
 """GPUs that code can be compiled for, and their names in `nanojax.hardware`."""
@@ -205,13 +205,13 @@ def compile_for(
     *,
     mesh: Mesh | None = None,
     donate: Sequence[int] = (),
-    options: Mapping[str, Any] | None = None,
+    graphs: Graphs = Graphs.ONE,
 ) -> CompiledCode:
     """`jax.jit(f)` compiled for GPUs that are not there.
 
     args: pytrees of `jax.ShapeDtypeStruct`; leaves without a sharding are whole on every device.
     mesh: the GPUs, as `gpu.mesh` gives them; one if None.
-    options: beyond those of `nanojax.pipeline.compiler_options`, or in place of them.
+    graphs: as in `nanojax.pipeline.compiler_options`.
     Raises what JAX and XLA raise.
     """
     mesh = gpu.mesh() if mesh is None else mesh
@@ -227,9 +227,8 @@ def compile_for(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask it for the GPU
             lowered = jax.jit(f, donate_argnums=tuple(donate)).lower(*args)
         with kernel_resources.mosaic_dump(dump):
-            compiled: Any = lowered.compile(
-                {**gpu_options(), **_DEVICELESS_OPTIONS, "xla_dump_to": folder, **(options or {})}  # pyright: ignore[reportArgumentType]
-            )
+            options = {**gpu_options(graphs, num_devices=mesh.size), **_DEVICELESS_OPTIONS, "xla_dump_to": folder}
+            compiled: Any = lowered.compile(options)  # pyright: ignore[reportArgumentType]
         plan = _read(dump, "thunk_sequence.txt")
         captured = _read(dump, "thunk_sequence_after_thunk_passes.txt") or plan  # written where a pass changed it
         thunks = thunk_plan.parse(plan)

@@ -135,7 +135,8 @@ def _steps(gpu: compiled_code.Target, part: str, values: flags.FlagValues) -> di
         operations += [{"dense_batch_tokens": num_tokens, **row} for row in operation_rows(step)]
     table = _columns(summaries)
     metrics = {
-        "overlapped_fraction_min": min(table["overlapped_fraction"]), "num_kv_copies": sum(table["kv_copies"]),
+        "overlapped_fraction_min": min(table["overlapped_fraction"]),
+        "overlapped_pairs_fraction_min": min(table["pairs_fraction"]), "num_kv_copies": sum(table["kv_copies"]),
         "num_merged_matmuls": sum(table["merged_matmuls"]), "num_cuda_graphs_max": max(table["cuda_graphs"]),
         "num_launches_outside_graphs": sum(table["launches_outside_graphs"]),
         "peak_memory_bytes_max": max(table["peak_bytes"]), "kv_bytes": min(table["kv_bytes"]),
@@ -146,6 +147,7 @@ def _steps(gpu: compiled_code.Target, part: str, values: flags.FlagValues) -> di
         "notes": [
             "memory: arguments + outputs - aliased + temporaries of one device; CUDA's and NCCL's own are not in it",
             "overlap: on its way at the same time as one of another stream, in the scheduled launch order; not a time",
+            "pairs: operations that the pipeline launches side by side, and those of them that are on their way together",
         ],
     }  # fmt: skip
     return _record(gpu, values, part, metrics, {"steps": table, "operations": _columns(operations)}, config)
@@ -163,6 +165,7 @@ def summary(step: Step) -> dict[str, Any]:
     return {
         "regions": len(overlap.regions), "regions_that_could": sum(overlap.is_possible),
         "regions_overlapped": sum(overlap.is_there), "overlapped_fraction": overlap.fraction,
+        "pairs_planned": step.pairs[0], "pairs_overlapped": step.pairs[1], "pairs_fraction": step.pairs[1] / step.pairs[0],
         "collectives": len(collectives),
         "collectives_async": sum(overlap.regions[i].stream != "main" for i in collectives),
         "collectives_overlapped": sum(overlap.is_there[i] for i in collectives),

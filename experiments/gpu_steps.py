@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +17,9 @@ from nanojax.admission import make_forecast
 from nanojax.config import EngineConfig, ModelConfig
 from nanojax.models import decoder
 from nanojax.pipeline import execute
-from nanojax.pipeline.compiler_options import gpu_options
+from nanojax.pipeline.compiler_options import Graphs
 from nanojax.pipeline.ir import OpKind, Pipeline
+from nanojax.pipeline.layer_loop import attention_calls, phases
 from nanojax.pipeline.tensor_parallel import tensor_parallel
 
 POLICY = scheduler.Policy(forecast=make_forecast("peak_memory"), priority=scheduler.first_come)
@@ -44,6 +46,29 @@ class Step:
         layer = self.pages_shape[1:]
         return sum(self.code.copies_of(shape) for shape in (self.pages_shape, layer, (1, *layer)))
 
+    @functools.cached_property
+    def pairs(self) -> tuple[int, int]:
+        """Pairs of operations that the pipeline launches side by side, and those of them that are under way together."""
+        overlap, calls = self.code.overlap, attention_calls(self.pipeline)
+        where = {(start.layer, start.label, start.tokens): i for i, start in enumerate(overlap.starts)}
+
+        def region(iteration: int, index: int) -> int | None:
+            node, ops = self.pipeline.nodes[index], calls.get(index, (self.pipeline.nodes[index].op,))
+            tokens = self.pipeline.tokens_of(node)
+            label = "+".join(op.value for op in ops)
+            return where.get((iteration - node.lag, label, f"{tokens.start}:{tokens.stop}"))
+
+        num_planned = num_there = 0
+        for phase in phases(self.pipeline, self.model.num_layers):
+            found = [
+                (self.pipeline.nodes[i].stream, region(iteration, i)) for iteration, i in phase if calls.get(i) != ()
+            ]
+            for (stream, one), (other_stream, two) in itertools.combinations(found, 2):
+                if stream != other_stream:
+                    num_planned += 1
+                    num_there += one is not None and two in overlap.beside[one]
+        return num_planned, num_there
+
     @property
     def num_merged_matmuls(self) -> int:
         """Products of nano-operations that are in the code neither as the library's nor as persistent ones of their own."""
@@ -64,13 +89,13 @@ def compile_step(
     num_devices: int = 1,
     num_slots: int = 1024,
     attention: str | None = None,
-    overlap: str | None = None,
-    one_graph: bool = True,
+    overlap: str = "xla",
+    graphs: Graphs = Graphs.ONE,
 ) -> Step:
     """`engine.step` on batches of the pipeline's size, weights and pages bfloat16, on the streams that the pipeline names.
 
     kv_bytes: of the pages, on all devices together, or a page more.    attention, overlap: as in `execute.forward`.
-    one_graph: as in `gpu_options`.
+    graphs: as in `nanojax.pipeline.compiler_options`.
     """
     page_size = 16
     config = EngineConfig(
@@ -92,7 +117,7 @@ def compile_step(
         state = dataclasses.replace(jax.tree.map(lambda leaf: _placed(leaf, split.replicated), state), kv=kv)
     code = compile_for(
         gpu, functools.partial(engine.step, config, POLICY, forward, pipeline.num_tokens), (params, state),
-        mesh=mesh, donate=[1], options=gpu_options(one_graph=one_graph, num_devices=num_devices),
+        mesh=mesh, donate=[1], graphs=graphs,
     )  # fmt: skip
     shape = state.kv.k.shape
     return Step(model, pipeline, num_devices, (*shape[:2], shape[2] // num_devices, *shape[3:]), code)

@@ -7,7 +7,8 @@ Command: python -m experiments.profile_ops [--model=llama-3-8b --num_tokens=128,
 Hardware: any, one device; the defaults (SmolLM2-135M's shape, random weights) are meant for a CPU.    Minutes: 2.
 Expected: dense operations get cheaper per token up to a few hundred tokens; decode attention grows with rows x context.
 
-Each operation runs over all layers of the model and its time is divided by their number (`experiments/op_programs.py`).
+Each operation runs over all layers of the model, or `--num_layers` of them, which compile faster, and its time is divided
+by their number (`experiments/op_programs.py`).
 Repeats are interleaved over all programs, medians count.
 
     out/profile_ops.profile.json  the profile table
@@ -15,6 +16,7 @@ Repeats are interleaved over all programs, medians count.
     out/profile_ops.png           microseconds per token and layer
 """
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -36,6 +38,7 @@ from nanojax.hardware import HardwareSpec
 from nanojax.pipeline.cost_model import BatchShape, roofline_durations
 from nanojax.pipeline.ir import NanoBatch, OpKind
 from nanojax.pipeline.profile import OpProfile, ProfileTable
+from nanojax.weights import LoadedModel
 
 NAME = "profile_ops"
 SMOKE = {"num_tokens": "8,16", "context_lens": "12,20", "repeats": 2}
@@ -47,6 +50,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "out", "Folder for profile, record and figure.", flag_values=values)
     flags.DEFINE_string("num_tokens", "16,64,128,256,512", "Tokens of an operation, ascending.", flag_values=values)
     flags.DEFINE_string("context_lens", "128,512", "Mean contexts of attention, ascending.", flag_values=values)
+    flags.DEFINE_integer("num_layers", 0, "Layers of the programs; 0 for all.", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("repeats", 10, "Timings of each program; medians count.", 1, flag_values=values)
 
 
@@ -56,14 +60,16 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
         values.set_default(name, value)
     with serving_flags.one_line_errors():
         sizes, contexts = _counts(values.num_tokens), _counts(values.context_lens)
-        loaded = serving.load(values)
+        loaded = _first_layers(serving.load(values), values.num_layers)
     print(f"{loaded.config.name}: compiling ...", flush=True)
     points = [*dense_points(values, loaded, sizes), *attention_points(values, loaded.config, sizes, contexts)]
     seconds = _time(points, values.repeats)
     device = hardware.detect()
     profile = _profile(values, loaded.config, device.name, points, [float(np.median(times)) for times in seconds])
     table = _table(values, loaded.config, points, seconds, device.spec or _measured_spec(values, device.name))
-    flags_shown = {name: values[name].value for name in ("attention", "page_size", "num_tokens", "context_lens")}
+    flags_shown = {
+        name: values[name].value for name in ("attention", "page_size", "num_tokens", "context_lens", "num_layers")
+    }
     record = make_record(
         NAME, "measured", metrics={"num_programs": len(points), "num_repeats": values.repeats}, seed=values.seed,
         config={"model": loaded.config.name, "dtype": values.dtype, **flags_shown}, series={"profile": table},
@@ -78,6 +84,17 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     print(comparison.text_table(table))
     print(f"profile {folder / NAME}.profile.json, record {folder / NAME}.json, figure {picture}")
     return record
+
+
+def _first_layers(loaded: LoadedModel, num_layers: int) -> LoadedModel:
+    """The model with its first `num_layers` layers only; all of them for 0.  Raises ValueError where it has fewer."""
+    if num_layers > loaded.config.num_layers:
+        raise ValueError(f"--num_layers={num_layers} > {loaded.config.num_layers} of {loaded.config.name}")
+    if num_layers == 0:
+        return loaded
+    layers = {i: layer for i, layer in loaded.params["layers"].items() if i < num_layers}
+    config = dataclasses.replace(loaded.config, num_layers=num_layers)
+    return dataclasses.replace(loaded, config=config, params={**loaded.params, "layers": layers})
 
 
 def _time(points: Sequence[Point], num_repeats: int) -> list[list[float]]:

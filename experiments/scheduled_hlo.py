@@ -24,13 +24,14 @@ class Start:
     """An operation that is started and waited for, or a collective.
 
     kind: the instruction, as `call-start`, `all-reduce`.    label: of the pipeline's operation, as `O.AG`, else the kind.
-    layer: its index, None outside of the layers.    path: what runs it, as `cuBLASLt`.
-    needs: bit i is set where it needs the result of start i.
+    layer: its index, None outside of the layers.    tokens: its range, as `0:768`, empty outside of the layers.
+    path: what runs it, as `cuBLASLt`.    needs: bit i is set where it needs the result of start i.
     """
 
     kind: str
     label: str
     layer: int | None
+    tokens: str
     path: str
     needs: int
 
@@ -75,12 +76,12 @@ def paths_of_main(hlo: str) -> frozenset[str]:
     return frozenset(_libraries(entry(hlo)))
 
 
-def _label(text: str, kind: str) -> tuple[str, int | None]:
+def _label(text: str, kind: str) -> tuple[str, int | None, str]:
     name = re.search(r'op_name="([^"]*)"', text)
-    layer = re.search(r"/layer(\d+)/([\w.+]+)\[", name[1]) if name else None
+    layer = re.search(r"/layer(\d+)/([\w.+]+)\[([\d:]+)\]", name[1]) if name else None
     if layer:
-        return layer[2], int(layer[1])
-    return ("logits", None) if name and "/logits/" in name[1] else (kind, None)
+        return layer[2], int(layer[1]), layer[3]
+    return ("logits" if name and "/logits/" in name[1] else kind), None, ""
 
 
 def _default_path(kind: str) -> str:

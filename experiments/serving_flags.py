@@ -31,7 +31,7 @@ DEFAULT_MODEL = "smollm2"
 SMOKE_MODEL = "smoke"
 RANDOM_WEIGHTS = "random"
 DTYPES = ("bfloat16", "float32")
-OVERLAP = ("sm_exclusive", "capped_grid", "xla")
+OVERLAP = ("xla", "sm_exclusive", "capped_grid")
 TRACES = ("prompts", "sharegpt_texts", *PAPER_TABLE_4)
 
 SMOKE = {
@@ -68,7 +68,7 @@ def define(values: flags.FlagValues) -> None:
     flag("switch", True, "Run sequential on the budgets where the cost model says that the pipeline loses.")
     text("op_profile", None, "That cost model: a file of experiments.profile_ops; else the roofline of a known GPU.")
     flag("streams", None, "Run the pipeline on the GPU streams that it names; so on a GPU if not given.")
-    enum("overlap", None, OVERLAP, "How streams divide a Hopper GPU; the best way if not given, xla: not at all.")
+    enum("overlap", OVERLAP[0], OVERLAP, "How streams divide a Hopper GPU; xla: not at all.")
     count("expected_output_len", None, "Mean output in tokens, until one is known.")
 
     text("token_budgets", ",".join(map(str, engine.token_budgets)), "Ladder of tokens per step; + for , in a sweep.")

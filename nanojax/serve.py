@@ -25,7 +25,7 @@ from nanojax.engine import Arrivals, Finish, Forward
 from nanojax.invariants import InvariantError
 from nanojax.metrics import RequestRecord, StepRecord
 from nanojax.pipeline import execute
-from nanojax.pipeline.compiler_options import gpu_options
+from nanojax.pipeline.compiler_options import Graphs, gpu_options
 from nanojax.pipeline.ir import Pipeline
 from nanojax.sampling import NO_TOKEN
 from nanojax.scheduler import Policy
@@ -109,7 +109,7 @@ class Engine:
         attention: str | None = None,
         pipelines: Mapping[int, Pipeline] | None = None,
         use_streams: bool = False,
-        overlap: str | None = None,
+        overlap: str = "xla",
         kv_dtype=jnp.float32,
         forward: Forward | None = None,
         steps_per_launch: int = 8,
@@ -135,7 +135,7 @@ class Engine:
             budget: jax.jit(
                 _launch_fn(driver, config, policy, own, budget, steps_per_launch),
                 donate_argnums=1,
-                compiler_options=dict(gpu_options(one_graph=False)) if device.platform == "gpu" else None,
+                compiler_options=dict(gpu_options(Graphs.SOME)) if device.platform == "gpu" else None,
             )
             for budget, own in forwards.items()
         }

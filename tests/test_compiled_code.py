@@ -89,9 +89,9 @@ PLAN_WITH_COLLECTIVES = """\
 
 def test_collectives_on_the_main_stream_are_beside_what_is_on_its_way():
     found, starts = thunk_plan.regions(thunk_plan.parse(PLAN_WITH_COLLECTIVES)), scheduled_hlo.starts(HLO)
-    assert [(start.kind, start.label, start.layer, start.path) for start in starts] == [
-        ("call-start", "UG", 3, "cuBLASLt"), ("call-start", "D", 3, "cuBLASLt"), ("all-reduce", "O.AR", 3, "NCCL"),
-        ("all-gather-start", "logits", None, "NCCL"),
+    assert [(start.kind, start.label, start.layer, start.tokens, start.path) for start in starts] == [
+        ("call-start", "UG", 3, "0:8", "cuBLASLt"), ("call-start", "D", 3, "0:8", "cuBLASLt"),
+        ("all-reduce", "O.AR", 3, "8:9", "NCCL"), ("all-gather-start", "logits", None, "", "NCCL"),
     ]  # fmt: skip
     assert [start.needs for start in starts] == [0, 0b1, 0, 0b100], "of a tuple only the part that is taken"
     assert [region.collective for region in found] == [None, None, "kAllReduce", "kAllGather"]
@@ -198,7 +198,9 @@ def test_a_llama_8b_step_is_one_graph_that_overlaps_nano_batches_and_updates_the
     """Two layers of LLaMA-3-8B at full width."""
     model = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=2)
     pipeline = library.PIPELINES["llama_8b"](num_tokens, False, 1)
-    step = gpu_steps.compile_step(compiled_code.target("h200"), model, pipeline, kv_bytes=100e9 * 2 / 32)
+    step = gpu_steps.compile_step(
+        compiled_code.target("h200"), model, pipeline, kv_bytes=100e9 * 2 / 32, overlap=overlap
+    )
     code, overlap = step.code, step.code.overlap
     assert code.graphs == ("kCommandBuffer",)
     assert code.alias_bytes >= step.kv_bytes
@@ -209,6 +211,9 @@ def test_a_llama_8b_step_is_one_graph_that_overlaps_nano_batches_and_updates_the
         i for i, pair in enumerate(zip(overlap.is_possible, overlap.is_there, strict=True)) if pair == (True, False)
     ]
     assert len(alone) <= 3
+    # Attention is launched before all products beside it, not when these are almost done: 3 attentions beside KQV2, in the
+    # second layer beside the first one's O2, UG2, D2, too; 2 beside O1 and UG1; one beside D1 and the next KQV1.
+    assert step.pairs == (26, 26)
     assert {region.stream for region in code.regions} == {"computation_stream[1]", "computation_stream[2]"}
     assert not [kernel for kernel in code.kernels if kernel.spill_bytes]
     assert all(code.target.blocks_per_core(kernel) >= 1 for kernel in code.kernels)

@@ -69,7 +69,9 @@ def test_no_multiprocessor_is_given_to_two_at_once(streams_and_shares, num_sms):
 def paths(model="llama-3-8b", pipeline=LLAMA_8B, dtype=jnp.bfloat16, kv_dtype=jnp.bfloat16, **options):
     config = PRESETS[model]
     pages = jax.ShapeDtypeStruct((config.num_layers, 1000, config.num_kv_heads, 16, config.head_dim), kv_dtype)
-    found = execute.paths(config, pipeline, dtype=dtype, pages=pages, **{"use_streams": True, **options})
+    found = execute.paths(
+        config, pipeline, dtype=dtype, pages=pages, **{"use_streams": True, "overlap": "sm_exclusive", **options}
+    )
     return {
         node: [(row.num_layers, row.path.kernel, row.path.num_sms) for row in found if row.node == node]
         for node in dict.fromkeys(row.node for row in found)
@@ -79,7 +81,7 @@ def paths(model="llama-3-8b", pipeline=LLAMA_8B, dtype=jnp.bfloat16, kv_dtype=jn
 def test_each_node_of_the_8b_pipeline_has_its_kernel_and_its_multiprocessors():
     with gpu():
         found, reasons = paths()
-    product, decode, alone = (kernel_paths.MATMUL, 79), (overlap.DEFAULT_FORM, 53), (kernel_paths.DEFAULT, None)
+    product, decode, alone = (kernel_paths.MATMUL, 79), ("sm_exclusive", 53), (kernel_paths.DEFAULT, None)
     assert found.pop("KQV1") == [(1, *alone), (31, *product)]
     for node in ("O2", "UG2", "D2"):
         assert found.pop(node) == [(31, *product), (1, *alone)], "beside the next layer's attention, if there is one"
@@ -98,12 +100,10 @@ def test_who_gets_no_kernel_of_his_own_is_told_why():
         assert all(num_sms is None for rows in found.values() for _, _, num_sms in rows)
         return " | ".join(sorted(reasons))
 
-    assert reason_of("NVIDIA A100-SXM4-80GB").endswith("compute capability 9, which this GPU (80) does not have")
-    assert reason_of(overlap="xla") == "asked for"
-    assert reason_of(use_streams=False) == "streams are not used"
+    assert reason_of("NVIDIA A100-SXM4-80GB", overlap="xla") == "not asked for"
     assert "needs operands both bfloat16" in reason_of(dtype=jnp.float32, kv_dtype=jnp.float32)
-    on_cpu, reasons = paths()
-    assert reasons == {"making room runs on 'gpu', not on 'cpu'"}
+    on_cpu, reasons = paths(overlap="xla", use_streams=False)
+    assert reasons == {"not asked for"}
     assert {row[0][1] for row in on_cpu.values()} == {kernel_paths.DEFAULT}
     with gpu():
         odd, reasons = paths(pipeline=library.llama_8b_single_gpu(1024, 400))
@@ -126,6 +126,11 @@ def test_a_form_that_is_named_is_had_or_refused():
             kernel_paths.room_here("capped_grid", use_streams=False)
     with pytest.raises(NotImplementedError, match="'capped_grid' runs on 'gpu', not on 'cpu'"):
         kernel_paths.room_here("capped_grid", use_streams=True)
+    with (
+        gpu("NVIDIA A100-SXM4-80GB"),
+        pytest.raises(NotImplementedError, match="capability 9, which this GPU .80. does"),
+    ):
+        kernel_paths.room_here("capped_grid", use_streams=True)
     assert {*overlap.PREPARE, "xla"} == set(serving_flags.OVERLAP)
 
 
@@ -133,7 +138,16 @@ def test_a_record_of_a_gpu_says_which_path_each_node_took():
     values = flags.FlagValues()
     serving_flags.define(values)
     serving_flags.define_work(values)
-    values(["", "--model=smollm2-135m", "--weights=random", "--pipeline=llama_8b", "--token_budgets=256,512"])
+    values(
+        [
+            "",
+            "--model=smollm2-135m",
+            "--weights=random",
+            "--pipeline=llama_8b",
+            "--token_budgets=256,512",
+            "--overlap=sm_exclusive",
+        ]
+    )
     loaded = serving.LoadedModel(PRESETS["smollm2-135m"], {}, serving.byte_tokenizer(257), lambda messages: "")
     assert "paths" not in serving.describe(values, loaded)
     with gpu():
@@ -164,7 +178,7 @@ def stand_ins(monkeypatch):
     def decode_on(form, num_sms, q, k_pages, v_pages, layer, kv_lens, page_indices, num_decode):
         called.append((form, num_sms))
         cu_q_lens = jnp.minimum(jnp.arange(len(kv_lens) + 1, dtype=jnp.int32), num_decode)
-        return lambda: paged_attention(
+        return lambda q: paged_attention(
             q, k_pages, v_pages, layer, kv_lens, page_indices, cu_q_lens, num_decode, implementation="xla"
         )
 
@@ -192,7 +206,7 @@ def test_with_kernels_of_their_own_nodes_compute_what_whole_operations_do(stand_
 
     exact, plain = logits(jnp.float32), logits(jnp.bfloat16)
     assert not stand_ins
-    found = logits(jnp.bfloat16, pipeline=pipeline, use_streams=True)
+    found = logits(jnp.bfloat16, pipeline=pipeline, use_streams=True, overlap="sm_exclusive")
     assert np.abs(found - exact).max() <= 2 * np.abs(plain - exact).max()
     # KQV2, O1, UG1, D1 of layer 0; KQV1 of layer 1, O2, UG2, D2 of layer 0, KQV2 of layer 1; O1, UG1, D1 of layer 1.
     assert stand_ins.count(("product", 4)) == 2 * (4 + 5 + 3), "each is traced for its shape, then on its stream"

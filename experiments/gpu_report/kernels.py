@@ -5,7 +5,7 @@ Before each call a buffer of the result's size full of NaN is freed, which the a
 not write is seen.  Pages that no result may depend on hold NaN as well (`jobs.attention_args`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from experiments.gpu_report.jobs import (
     prefill_specs,
     products,
 )
+from experiments.gpu_report.programs import ERROR_CHARACTERS, compile_together
 from nanojax import hardware
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.arg_specs import ArgSpec
@@ -31,21 +32,13 @@ MAX_ERROR_RATIO = 2.0
 
 
 def cases(setting: Setting) -> list[Case]:
-    """Attention by batch and implementation, products by shape and implementation, pairs by form."""
+    """A case for each batch of attention, each product and each form of a pair, with all implementations of it."""
     small = setting.is_smoke
-    specs = mixed_specs(True) if small else [*decode_specs(False), *mixed_specs(False), *prefill_specs(False)]
-    found = [
-        Case(f"{name} {spec.name}", lambda spec=spec, name=name: [_check_attention(spec, name, setting)])
-        for name in forms.attention_names(small)
-        for spec in specs
-    ]
+    specs = mixed_specs(True) if small else [*mixed_specs(False), *decode_specs(False), *prefill_specs(False)]
+    found = [Case(spec.name, lambda spec=spec: _check_attention(spec, setting)) for spec in specs]
     found += [
-        Case(
-            f"{name} {product.name}-{product.num_tokens}",
-            lambda p=product, name=name, f=call: [_check_product(p, name, f, setting)],
-        )
+        Case(f"{product.name}-{product.num_tokens}", lambda product=product: _check_product(product, setting))
         for product in products(small, (128, 1024))
-        for name, call in forms.matmuls(small).items()
     ]
     found += [
         Case(f"pair {name}", lambda name=name, make=make: _check_pair(name, make, setting))
@@ -63,20 +56,19 @@ def _product_args(product: Product, seed: int) -> tuple:
     return x, weight
 
 
-def _check_attention(spec: ArgSpec, name: str, setting: Setting) -> Row:
+def _check_attention(spec: ArgSpec, setting: Setting) -> list[Row]:
+    """Errors of each implementation; and the tokens that belong to no row must be zero."""
     args = jax.block_until_ready(jax.jit(lambda: _attention_args(spec, setting.seed))())
-    attend = jax.jit(forms.attention(name, LAYER))
-    row = _errors(attend, jax.jit(_plain_attention), jax.jit(_exact_attention), args)
-    padding = attend(*args)[sum(spec.q_lens) :]
-    row["num_padding_not_zero"] = int(jnp.sum(padding != 0))
-    row["is_ok"] = bool(row["is_ok"] and row["num_padding_not_zero"] == 0)
-    return {**attention_columns(spec), "kernel": "paged_attention", "implementation": name, **row}
+    calls = {name: forms.attention(name, LAYER) for name in forms.attention_names(setting.is_smoke)}
+    rows = _errors(calls, _plain_attention, _exact_attention, args, num_used=sum(spec.q_lens))
+    columns = {**attention_columns(spec), "kernel": "paged_attention"}
+    return [{**columns, "implementation": name, **row} for name, row in rows.items()]
 
 
-def _check_product(product: Product, name: str, call: Callable[..., Any], setting: Setting) -> Row:
+def _check_product(product: Product, setting: Setting) -> list[Row]:
     args = jax.block_until_ready(jax.jit(lambda: _product_args(product, setting.seed))())
-    row = _errors(jax.jit(call), jax.jit(jnp.dot), jax.jit(_exact_product), args)
-    return {**product.columns, "kernel": "matmul", "implementation": name, **row}
+    rows = _errors(forms.matmuls(setting.is_smoke), jnp.dot, _exact_product, args)
+    return [{**product.columns, "kernel": "matmul", "implementation": name, **row} for name, row in rows.items()]
 
 
 def _check_pair(name: str, make: Callable[..., Any], setting: Setting) -> list[Row]:
@@ -89,7 +81,6 @@ def _check_pair(name: str, make: Callable[..., Any], setting: Setting) -> list[R
     args = jax.block_until_ready(
         jax.jit(lambda: (*_product_args(product, setting.seed), *_attention_args(spec, setting.seed)))()
     )
-    both = jax.jit(pair)
     checks = {
         "product": (0, lambda x, w, *rest: jnp.dot(x, w), lambda x, w, *rest: _exact_product(x, w)),
         "attention": (1, lambda x, w, *rest: _plain_attention(*rest), lambda x, w, *rest: _exact_attention(*rest)),
@@ -97,7 +88,7 @@ def _check_pair(name: str, make: Callable[..., Any], setting: Setting) -> list[R
     return [
         {
             "job": f"{product.name}-{product.num_tokens} | {spec.name}", "kernel": f"pair, {what}", "implementation": name,
-            **_errors(lambda *a, i=i: both(*a)[i], jax.jit(plain), jax.jit(exact), args),
+            **_errors({name: lambda *a, i=i: pair(*a)[i]}, plain, exact, args)[name],
         }
         for what, (i, plain, exact) in checks.items()
     ]  # fmt: skip
@@ -117,28 +108,45 @@ def _exact_product(x, w) -> jax.Array:
     return jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
-def _errors(call: Callable[..., Any], plain: Callable[..., Any], exact: Callable[..., Any], args: tuple) -> Row:
-    """Largest absolute errors against `exact`, and whether that of `call` keeps the law; two runs must agree to the bit."""
-    truth = exact(*args)
-    plain_error = _largest(plain(*args), truth)
-    call(*args)  # compiled, and whatever it allocates the first time is there
-    found = _poisoned(call, args)
-    again = _poisoned(call, args)
-    error = _largest(found, truth)
-    num_nan = int(jnp.sum(~jnp.isfinite(found.astype(jnp.float32))))
-    return {
-        "max_error": error,
-        "plain_max_error": plain_error,
-        "error_ratio": error / plain_error if plain_error else None,
-        "num_not_finite": num_nan,
-        "is_deterministic": bool(jnp.array_equal(found, again)),
-        "is_ok": bool(num_nan == 0 and error <= MAX_ERROR_RATIO * max(plain_error, 1e-6)),
-    }
+def _errors(
+    calls: Mapping[str, Callable[..., Any]], plain: Callable[..., Any], exact: Callable[..., Any], args: tuple, *,
+    num_used: int | None = None,
+) -> dict[str, Row]:  # fmt: skip
+    """By name the largest absolute errors against `exact`, and whether those keep the law; two runs must agree to the bit.
+
+    Tokens from `num_used` on must be zero.  A row whose implementation does not run here has an `error`.
+    """
+    *compiled, plain_call, exact_call = compile_together([*calls.values(), plain, exact], args)
+    for call in (plain_call, exact_call):
+        if isinstance(call, BaseException):
+            raise call
+    truth = exact_call(*args)
+    plain_error = _largest(plain_call(*args), truth)
+    rows = {}
+    for name, call in zip(calls, compiled, strict=True):
+        if isinstance(call, BaseException):
+            rows[name] = {"is_ok": False, "error": f"{type(call).__name__}: {call}"[:ERROR_CHARACTERS]}
+            continue
+        call(*args)  # whatever it allocates the first time is there
+        found, again = _poisoned(call, args), _poisoned(call, args)
+        error = _largest(found, truth)
+        num_nan = int(jnp.sum(~jnp.isfinite(found.astype(jnp.float32))))
+        num_padding = 0 if num_used is None else int(jnp.sum(found[num_used:] != 0))
+        rows[name] = {
+            "max_error": error,
+            "plain_max_error": plain_error,
+            "error_ratio": error / plain_error if plain_error else None,
+            "num_not_finite": num_nan,
+            "num_padding_not_zero": num_padding,
+            "is_deterministic": bool(jnp.array_equal(found, again)),
+            "is_ok": num_nan == num_padding == 0 and error <= MAX_ERROR_RATIO * max(plain_error, 1e-6),
+        }
+    return rows
 
 
-def _poisoned(call: Callable[..., Any], args: tuple) -> jax.Array:
-    """The result of a call whose output buffer, most likely, held NaN before."""
-    shape = jax.eval_shape(call, *args)
+def _poisoned(call: Any, args: tuple) -> jax.Array:
+    """The result of a compiled call whose output buffer, most likely, held NaN before."""
+    shape = call.out_info
     poison = jax.block_until_ready(jnp.full(shape.shape, jnp.nan, shape.dtype))
     poison.delete()
     return jax.block_until_ready(call(*args))

@@ -1,6 +1,7 @@
 """How long does each operation of a LLaMA-3-8B layer take on this card?  The profile table that `search` and `simulate` read.
 
-It is `experiments.profile_ops` with sizes of serving; its files (`profile_ops.*`) go into the report's folder.
+It is `experiments.profile_ops` with sizes of serving, on few layers, which compile in seconds and whose weights still come
+from memory; its files (`profile_ops.*`) go into the report's folder.
 """
 
 from absl import flags
@@ -8,7 +9,7 @@ from absl import flags
 from experiments import profile_ops, serving_flags
 from experiments.gpu_report.cases import Case, Row, Setting
 
-SIZES, CONTEXTS = "1024,2048", "768"
+SIZES, CONTEXTS, NUM_LAYERS = "1024,2048", "768", 4
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -25,7 +26,7 @@ def flag_values(setting: Setting) -> flags.FlagValues:
     else:
         arguments = [
             "--model=llama-3-8b", f"--num_tokens={SIZES}", f"--context_lens={CONTEXTS}", "--page_size=64",
-            f"--repeats={setting.num_repeats}",
+            f"--repeats={setting.num_repeats}", f"--num_layers={NUM_LAYERS}",
         ]  # fmt: skip
     values(["profile_ops", *arguments, f"--out={setting.out}", f"--seed={setting.seed}", "--cache_dir="])
     return serving_flags.with_smoke(values)

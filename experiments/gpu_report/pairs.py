@@ -20,6 +20,7 @@ from experiments.gpu_report.jobs import attention_args, decode_spec, num_inner, 
 from experiments.gpu_report.programs import Comparison, compile_program, measure, options_here
 from experiments.gpu_report.trace_times import read_trace, seconds_by_depth
 from nanojax import hardware
+from nanojax.pipeline.compiler_options import Graphs
 
 MATMUL_SHARES = (0.5, 0.6, 0.7, 0.8)
 NOT_CAPPED = "not capped"
@@ -131,10 +132,13 @@ def _with_ratios(rows: list[Row]) -> list[Row]:
 
 
 def _trace(comparison: Comparison, setting: Setting) -> Row:
-    """Seconds in which two streams were busy at a time, by the profiler, in the first division of the form's."""
+    """Seconds in which two streams were busy at a time, by the profiler, in the first division of the form's.
+
+    Launched one by one: the profiler puts all kernels of a CUDA graph on one stream.
+    """
     name = next(iter(comparison.program_columns))
     args = jax.block_until_ready(jax.jit(comparison.args)())
-    program = compile_program(comparison, name, args)
+    program = compile_program(comparison, name, args, Graphs.NO)
     jax.block_until_ready(program(*args))
     folder = setting.out / "trace_pairs"
     shutil.rmtree(folder, ignore_errors=True)

@@ -16,7 +16,7 @@ import jax
 from experiments.gpu_report.cases import Case, Row, Setting
 from experiments.gpu_report.peaks import Limits, limits
 from experiments.gpu_report.timing import Run, time_interleaved
-from nanojax.pipeline.compiler_options import gpu_options
+from nanojax.pipeline.compiler_options import Graphs, gpu_options
 
 ERROR_CHARACTERS = 300
 NUM_THREADS = min(8, os.cpu_count() or 1)
@@ -68,26 +68,37 @@ def measure(comparison: Comparison, setting: Setting) -> list[Row]:
 
 
 def _compile(comparison: Comparison, args: Sequence[Any]) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """The programs that compile, and why the others do not; several at a time, as most of it is not Python."""
-    errors = {}
+    """The programs that compile, and why the others do not."""
+    found = dict(zip(comparison.programs, compile_together(list(comparison.programs.values()), args), strict=True))
+    errors = {  # one implementation that does not support a shape shall not hide the others
+        name: f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
+        for name, error in found.items()
+        if isinstance(error, BaseException)
+    }
+    return {name: program for name, program in found.items() if name not in errors}, errors
+
+
+def compile_together(programs: Sequence[Callable[..., Any]], args: Sequence[Any]) -> list[Any]:
+    """Each program compiled for these arguments, or the error; several at a time, as most of it is not Python."""
     with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-        waiting = {name: pool.submit(compile_program, comparison, name, args) for name in comparison.programs}
-        for name, future in list(waiting.items()):
-            error = future.exception()
-            if error is not None:  # one implementation that does not support a shape shall not hide the others
-                errors[name] = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
-                del waiting[name]
-    return {name: future.result() for name, future in waiting.items()}, errors
+        waiting = [pool.submit(_compiled, program, args) for program in programs]
+        return [future.exception() or future.result() for future in waiting]
 
 
-def compile_program(comparison: Comparison, name: str, args: Sequence[Any]) -> Callable[..., Any]:
+def compile_program(
+    comparison: Comparison, name: str, args: Sequence[Any], graphs: Graphs = Graphs.ONE
+) -> Callable[..., Any]:
     """The compiled program for arguments, or shapes of arguments, `args`."""
-    return jax.jit(comparison.programs[name]).lower(*args).compile(compiler_options=options_here())
+    return _compiled(comparison.programs[name], args, graphs)
 
 
-def options_here() -> dict[str, Any] | None:
-    """XLA's options on a GPU, those of the engine's steps: everything in one CUDA graph, products never merged."""
-    return dict(gpu_options()) if jax.default_backend() == "gpu" else None
+def _compiled(program: Callable[..., Any], args: Sequence[Any], graphs: Graphs = Graphs.ONE) -> Callable[..., Any]:
+    return jax.jit(program).lower(*args).compile(compiler_options=options_here(graphs))
+
+
+def options_here(graphs: Graphs = Graphs.ONE) -> dict[str, Any] | None:
+    """XLA's options on a GPU: products never merged, everything in one CUDA graph unless `graphs` says otherwise."""
+    return dict(gpu_options(graphs)) if jax.default_backend() == "gpu" else None
 
 
 def rates(comparison: Comparison, seconds: float, bounds: Limits) -> Row:

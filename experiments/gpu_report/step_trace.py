@@ -1,6 +1,8 @@
 """Where does the time of a serving step go, and what runs beside what?  One step's kernels, from a profiler's trace.
 
-The step is that of `end_to_end`: as many decode rows and prefill tokens as a steady state of 512/512 has.
+The step is that of `end_to_end`: as many decode rows and prefill tokens as a steady state of 512/512 has.  It is launched
+kernel by kernel, without CUDA graphs, or the profiler could not tell what a kernel belongs to; so a few milliseconds more
+pass between kernels.
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ from experiments.gpu_report.programs import options_here
 from experiments.gpu_report.trace_times import busy_by_operation, read_trace, scopes_of, seconds_by_depth
 from nanojax import engine as core
 from nanojax.pipeline import execute
+from nanojax.pipeline.compiler_options import Graphs
 
 NUM_STEPS = 3
 
@@ -40,7 +43,7 @@ def cases(setting: Setting) -> list[Case]:
 def forward_of(point: Point, values: Any, loaded: Any, budget: int) -> Any:
     """The forward pass that an engine of these flags runs at its budget."""
     pipelines = serving.pipelines(values, loaded)
-    more = {"use_streams": True} if point.use_streams and pipelines else {}
+    more = {"use_streams": True, "overlap": point.overlap} if point.use_streams and pipelines else {}
     return functools.partial(
         execute.forward, loaded.config, attention=values.attention, pipeline=pipelines.get(budget), **more
     )
@@ -69,10 +72,12 @@ def _trace(point: Point, setting: Setting) -> list[Row]:
     def fresh() -> Any:  # a step consumes its state, of which some arrays are one buffer
         return jax.block_until_ready(jax.tree.map(jnp.copy, small))
 
-    compiled = step.lower(loaded.params, dataclasses.replace(fresh(), kv=kv)).compile(compiler_options=options_here())
+    compiled = step.lower(loaded.params, dataclasses.replace(fresh(), kv=kv)).compile(
+        compiler_options=options_here(Graphs.NO)
+    )
     states = [fresh() for _ in range(NUM_STEPS + 1)]
     kv = compiled(loaded.params, dataclasses.replace(states.pop(), kv=kv))[0].kv
-    folder = setting.out / f"trace_{point.how}"
+    folder = setting.out / "trace_step"
     shutil.rmtree(folder, ignore_errors=True)
     with jax.profiler.trace(str(folder)):
         for one in states:

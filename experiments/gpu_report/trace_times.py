@@ -1,8 +1,8 @@
 """Where does a profiler's trace say that the device's time went?  By operation, and how much of it ran side by side.
 
 A kernel of a trace bears the name of the instruction of the optimised program that launched it; the program's text says
-which named scopes that came from (`layer3/KQV`).  CUDA graphs are off under the profiler unless asked for, so that kernels
-are seen one by one.
+which named scopes that came from (`layer3/KQV`).  Of the kernels of a CUDA graph a trace says neither, and puts all on one
+stream: a program to be traced is compiled without graphs.
 """
 
 import collections

@@ -5,6 +5,7 @@ paged KV cache), `out`, `up_gate`, `down`.  Weights that are used together are s
 value are one kernel, so are gate and up; every kernel splits over KV heads or feed-forward columns for tensor parallelism.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from nanojax.array_types import Array, Float, Int32, Key, Params
 from nanojax.config import ModelConfig, RopeScaling
 from nanojax.models.layers import WHOLE, Extent, RMSNorm, contract, normal
 from nanojax.models.moe import MixtureOfExperts, Routes
+from pallas_kernels.device import platform
 from pallas_kernels.matmul import matmul
 
 
@@ -27,10 +29,9 @@ class FeedForward(nnx.Module):
         self.down = normal(rngs, (config.d_ff, config.d_model), dtype)
 
     def up_gate(self, x: Float[Array, "t D"], extent: Extent = WHOLE) -> Float[Array, "t F"]:
-        """`silu(gate x) * (up x)`; on some multiprocessors only, rounded as the next product takes it."""
+        """`silu(gate x) * (up x)`, rounded as the next product takes it."""
         kernel = self.gate_up[...]
-        out_dtype = jnp.float32 if extent.num_ctas is None else kernel.dtype
-        return matmul(x, kernel, out_dtype=out_dtype, **extent.for_matmul())
+        return matmul(x, kernel, out_dtype=kernel.dtype, **extent.for_matmul())
 
     def project_down(
         self, hidden: Float[Array, "t F"], residual: Float[Array, "t D"] | None = None, extent: Extent = WHOLE
@@ -50,8 +51,9 @@ class Attention(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(shape, jnp.float32))
 
     def __call__(self, x: Float[Array, "t D"], extent: Extent = WHOLE) -> Float[Array, "t K G2 h"]:
-        """All three projections in one product."""
-        y = contract(x, self.kernel[...], extent)
+        """All three projections in one product; on a GPU rounded as pages keep them, to spare its memory."""
+        kernel = self.kernel[...]
+        y = contract(x, kernel, extent, kernel.dtype if platform() == "gpu" else jnp.float32)
         return y + self.bias[...] if hasattr(self, "bias") else y
 
 
@@ -187,19 +189,28 @@ def bind(config: ModelConfig, params: Params) -> Decoder:
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""], dtype=jnp.float32) -> Params:
-    """Random weights (normal, deviation 0.02) of the real shapes, made on the default device."""
+    """Random weights (normal, deviation 0.02) of the real shapes, made on the default device.
+
+    All layers are made by one program: a program for the whole model would take long to compile.
+    """
+    rest_key, *layer_keys = jax.random.split(key, config.num_layers + 1)
 
     @jax.jit
-    def make(key):
-        return nnx.to_pure_dict(nnx.state(Decoder(config, jnp.dtype(dtype), nnx.Rngs(key)), nnx.Param))
+    def make_layer(key: Key[Array, ""]) -> Params:
+        return _params(DecoderLayer(config, jnp.dtype(dtype), nnx.Rngs(key)))
 
-    return make(key)
+    @jax.jit
+    def make_rest(key: Key[Array, ""]) -> Params:
+        one_layer = dataclasses.replace(config, num_layers=1)
+        return _params(Decoder(one_layer, jnp.dtype(dtype), nnx.Rngs(key))) | {"layers": {}}
+
+    return make_rest(rest_key) | {"layers": {i: make_layer(key) for i, key in enumerate(layer_keys)}}
 
 
 def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
     """The params pytree as `jax.ShapeDtypeStruct`s: what loaders must produce.  Norms and biases stay float32."""
+    return jax.eval_shape(lambda: _params(Decoder(config, jnp.dtype(dtype), nnx.Rngs(0))))
 
-    def make():
-        return nnx.to_pure_dict(nnx.state(Decoder(config, jnp.dtype(dtype), nnx.Rngs(0)), nnx.Param))
 
-    return jax.eval_shape(make)
+def _params(module: nnx.Module) -> Params:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from nanojax.array_types import Array, Float, Int32
 from pallas_kernels.matmul import matmul
@@ -50,7 +51,9 @@ class Extent:
 WHOLE = Extent()
 
 
-def contract(x: Float[Array, "t c"], kernel: Float[Array, "c *out"], extent: Extent = WHOLE) -> Float[Array, "t *out"]:
-    """`x @ kernel`: operands in the kernel's dtype, sums and result in float32."""
-    product = matmul(x, kernel.reshape(kernel.shape[0], -1), **extent.for_matmul())
+def contract(
+    x: Float[Array, "t c"], kernel: Float[Array, "c *out"], extent: Extent = WHOLE, out_dtype: DTypeLike = jnp.float32
+) -> Float[Array, "t *out"]:
+    """`x @ kernel`: operands in the kernel's dtype, sums in float32."""
+    product = matmul(x, kernel.reshape(kernel.shape[0], -1), out_dtype=out_dtype, **extent.for_matmul())
     return product.reshape(x.shape[0], *kernel.shape[1:])

@@ -1,5 +1,6 @@
 """Which of XLA's options does a step need on a GPU?  Data, by what the options are for; the same on jax 0.10 and 0.11."""
 
+import enum
 from collections.abc import Mapping
 
 # XLA 0.11 joins products of two nano-batches with one weight into one product; never joining them is what nano-batches are.
@@ -7,19 +8,28 @@ _KEEP_NANO_BATCHES = {"xla_gpu_dot_merger_threshold_mb": 0}
 # On by default in jax 0.11, where it fails on updates of a library product's result.
 _SLICES = {"xla_gpu_enable_dynamic_slice_fusion": False}
 # What becomes part of a CUDA graph: XLA's default, and loops, whose trip counts the graph then finds without the host.
-_ONE_GRAPH = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-    "xla_gpu_graph_min_graph_size": 1,
-}
-_COLLECTIVES = {"xla_gpu_enable_command_buffer": f"{_ONE_GRAPH['xla_gpu_enable_command_buffer']},COLLECTIVES"}
+_ONE_GRAPH = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
 
-def gpu_options(*, one_graph: bool = True, num_devices: int = 1) -> Mapping[str, bool | int | str]:
-    """`compiler_options` for `jax.jit` of a step on NVIDIA GPUs.
+class Graphs(enum.Enum):
+    """What the host launches: `ONE` CUDA graph for the whole step, `SOME` by XLA's default, `NO` graphs but each kernel.
 
-    one_graph: the whole step is one CUDA graph, loops and conditions of the scheduler included; else XLA's default, which
-      leaves loops to the host.  Not for serving: on an H200 with jax 0.11.2 a step with WHILE loses pages, with both it
-      admitted nobody; with CONDITIONAL alone it was right (`experiments/LOG.md`).
+    ONE contains the loops and conditions of the scheduler.  Not for serving: on an H200 with jax 0.11.2 a step with WHILE loses
+    pages, with CONDITIONAL, too, it admitted nobody; with CONDITIONAL alone it was right (`experiments/LOG.md`).
+    NO is for a profiler, which tells only of kernels launched one by one what they belong to.
     """
-    graph = {**_ONE_GRAPH, **(_COLLECTIVES if num_devices > 1 else {})} if one_graph else {}
-    return {**_KEEP_NANO_BATCHES, **_SLICES, **graph}
+
+    ONE = "one"
+    SOME = "some"
+    NO = "no"
+
+
+def gpu_options(graphs: Graphs, *, num_devices: int = 1) -> Mapping[str, bool | int | str]:
+    """`compiler_options` for `jax.jit` of a step on NVIDIA GPUs."""
+    options: dict[str, bool | int | str] = {**_KEEP_NANO_BATCHES, **_SLICES}
+    if graphs is Graphs.ONE:
+        options["xla_gpu_enable_command_buffer"] = _ONE_GRAPH + (",COLLECTIVES" if num_devices > 1 else "")
+        options["xla_gpu_graph_min_graph_size"] = 1
+    elif graphs is Graphs.NO:
+        options["xla_gpu_enable_command_buffer"] = ""
+    return options

@@ -33,16 +33,16 @@ def forward(
     pipeline: Pipeline | None = None,
     attention: str | None = None,
     use_streams: bool = False,
-    overlap: str | None = None,
+    overlap: str = "xla",
 ) -> tuple[Float32[Array, "R V"], KVPages]:
     """Logits after the last token of each row, and the cache with this step's keys and values; on one device.
 
     pipeline: how each layer is cut and ordered; None runs whole operations one after another.  Any pipeline gives the
       same logits but for rounding.
     attention: names the implementation of `paged_attention`; None lets it choose.
-    use_streams: put each node on the GPU stream that it names (see `streams`); of no use on a CPU.
-    overlap: how nodes side by side divide a Hopper GPU (see `kernel_paths`): the form of `pallas_kernels.overlap`, the best
-      one if None; "xla" leaves it to the GPU's scheduler.
+    use_streams: put each node on the GPU stream that it names (see `streams`), if these are several; of no use on a CPU.
+    overlap: how nodes side by side divide a Hopper GPU (see `kernel_paths`): a form of `pallas_kernels.overlap`, or "xla",
+      which leaves it to the GPU's scheduler and is the fastest so far (`experiments/LOG.md`, 2026-11-26).
 
     Layers are unrolled: a scan would copy each layer's weights and keep XLA from overlapping operations of neighbouring
     layers.  Raises ValueError as `check` does, NotImplementedError for a form that does not exist.
@@ -91,7 +91,7 @@ def paths(
     dtype: DTypeLike,
     pages: jax.ShapeDtypeStruct,
     use_streams: bool,
-    overlap: str | None = None,
+    overlap: str = "xla",
 ) -> tuple[NodePath, ...]:
     """What runs each node of `forward` on the device that is traced for, and why: for a record.  Nothing is computed.
 
@@ -117,7 +117,7 @@ def forward_per_budget(
     *,
     attention: str | None = None,
     use_streams: bool = False,
-    overlap: str | None = None,
+    overlap: str = "xla",
 ) -> dict[int, Callable[[Params, KVPages, RaggedBatch], tuple[Float32[Array, "R V"], KVPages]]]:
     """`forward` for batches of each of `budgets` tokens, with the pipeline of that budget where there is one.
 

@@ -1,7 +1,8 @@
 """By which kernel, and on how many multiprocessors, does a node run?  Shares become numbers of CTAs where kernels take them.
 
-Nodes of a phase that run on different streams divide the device.  On Hopper the products then run as persistent kernels and
-decode attention as the form says, each with its own multiprocessors; whatever has no such kernel runs as if it were alone.
+Nodes of a phase that run on different streams share the device as its scheduler likes, or, where a form is asked for on Hopper,
+divide it: products then run as persistent kernels and decode attention as the form says, each with its own multiprocessors;
+whatever has no such kernel runs as if it were alone.
 """
 
 import dataclasses
@@ -44,25 +45,22 @@ class Path:
     reason: str
 
 
-def room_here(form: str | None, *, use_streams: bool) -> Room:
+def room_here(form: str, *, use_streams: bool) -> Room:
     """Of the device that is traced for.
 
-    form: None is the best one of those in which two kernels share the device, "xla" leaves operations as they are.
+    form: one of those in which two kernels share the device, or "xla", which leaves operations as they are.
     Raises NotImplementedError for a form that does not exist, or that the device cannot run.
     """
     if form == "xla":
-        return Room(None, reason="asked for")
-    reason = why_not_hopper()
-    if form is None and (reason is not None or not use_streams):
-        return Room(None, reason=f"making room {reason}" if reason is not None else "streams are not used")
+        return NO_ROOM
     from pallas_kernels import overlap  # loads slowly: only where it is used
 
-    wish = overlap.DEFAULT_FORM if form is None else form
-    if wish not in overlap.PREPARE:
+    if form not in overlap.PREPARE:
         raise NotImplementedError(f"overlap={form!r} is none of {', '.join(map(repr, overlap.PREPARE))}, 'xla'")
+    reason = why_not_hopper()
     if reason is not None or not use_streams:
         raise NotImplementedError(f"overlap={form!r} {'needs streams' if reason is None else reason}")
-    return Room(num_multiprocessors(), wish)
+    return Room(num_multiprocessors(), form)
 
 
 def divide(pipeline: Pipeline, nodes: Sequence[int], num_sms: int) -> dict[int, int]:
@@ -153,10 +151,11 @@ def _kernel(layer: DecoderLayer, op: OpKind) -> jax.ShapeDtypeStruct | None:
 
 def decode_on(
     num_sms: int, form: str, q: Float[Array, "t H h"], kv: KVPages, layer: int, rows: RaggedBatch
-) -> Callable[[], Float[Array, "t H h"]]:
-    """Decode attention of `rows`, which have no other rows, on `num_sms` multiprocessors, ready to run on a stream.
+) -> Callable[[Float[Array, "t H h"]], Float[Array, "t H h"]]:
+    """Decode attention of `rows`, which have no other rows, on `num_sms` multiprocessors; a stream can run what is returned.
 
-    Who attends to what depends on lengths only: it is computed here, outside of the stream, once for all layers.
+    That takes queries like `q`.  Who attends to what depends on lengths only: it is computed here, outside of the stream, once
+    for all layers.
     """
     from pallas_kernels import overlap
 
@@ -166,4 +165,4 @@ def decode_on(
         rows.num_decode,
     )  # fmt: skip
     padding = [(0, q.shape[0] - num_rows, 0), (0, 0, 0), (0, 0, 0)]
-    return lambda: jax.lax.pad(attend(), jnp.zeros((), q.dtype), padding)
+    return lambda q: jax.lax.pad(attend(q[:num_rows]), jnp.zeros((), q.dtype), padding)

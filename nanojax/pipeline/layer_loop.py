@@ -55,6 +55,8 @@ def run_layers(
     The pipeline is valid and of `T` tokens; `network` is None on one device; `room` is what nodes side by side divide; the
     rest is as in `execute.forward`.
     """
+    # On one stream nothing overlaps, and no join would keep the cache's reads before its writes: XLA copies it then.
+    use_streams = use_streams and len({node.stream for node in pipeline.nodes}) > 1
     calls = attention_calls(pipeline)
     with jax.named_scope("cut"):
         loop = _Loop(
@@ -242,19 +244,16 @@ class _Loop:
     def _attend(
         self, node: Node, layer: int, tokens: NanoBatch, rows: RaggedBatch, path: Path
     ) -> Float[Array, "t H h"]:
-        q, _, _ = self._projected(layer, tokens)
-        if path.num_sms is not None:
-            attend_decode = decode_on(path.num_sms, path.kernel, q, self.kv, layer, rows)
-            self.reads.append(self._launch(node, attend_decode))
-            return self.reads[-1]
-
-        def attend() -> Array:
+        def attend(q: Array) -> Array:
             return paged_attention(
                 q, self.kv.k, self.kv.v, layer, rows.kv_lens, rows.page_indices, rows.cu_q_lens, rows.num_decode,
                 implementation=self.attention,
             )  # fmt: skip
 
-        self.reads.append(self._launch(node, attend))
+        if path.num_sms is not None:
+            attend = decode_on(path.num_sms, path.kernel, self._projected(layer, tokens)[0], self.kv, layer, rows)
+        # The queries are cut inside of the call: what it waits for is there at the join, so XLA launches it at once.
+        self.reads.append(self._launch(node, lambda: attend(self._projected(layer, tokens)[0])))
         return self.reads[-1]
 
     def _attended(self, layer: int, tokens: NanoBatch) -> Float[Array, "t H h"]:

@@ -33,7 +33,8 @@ def matmul(
       implementation: None is the best one for the default platform: "numba" on a CPU where numba is installed and the
         kernel suits it (see `_why_not_numba`), else "xla".  "mosaic_gpu" is for Hopper.
       num_ctas: multiprocessors that "mosaic_gpu" works on, all of them if None; of no meaning to the others.
-      out_dtype: of the result, rounded after all else.
+      out_dtype: of the result, rounded after all else; but on a GPU "xla" rounds a product to which nothing is added as it
+        leaves the unit, gate and up, too, if this is the kernel's dtype: that halves what is written and read.
 
     Raises:
       NotImplementedError: the implementation named does not exist, or cannot run here or on these operands.
@@ -48,17 +49,19 @@ def matmul(
         count = num_multiprocessors() if num_ctas is None else num_ctas
         added = None if residual is None else residual.astype(out_dtype)
         return mosaic_gpu.matmul(x, kernel, added, num_ctas=count, out_dtype=out_dtype)
-    result = _product(x, kernel.reshape(kernel.shape[0], -1), is_transposed, num_tokens, implementation)
+    is_narrow = platform() == "gpu" and residual is None and out_dtype == kernel.dtype
+    dtype = kernel.dtype if is_narrow else jnp.float32
+    result = _product(x, kernel.reshape(kernel.shape[0], -1), is_transposed, num_tokens, implementation, dtype)
     if kernel.ndim == 3:
         gate, up = jnp.moveaxis(result.reshape(x.shape[0], *kernel.shape[1:]), 1, 0)
-        result = jax.nn.silu(gate) * up
+        result = jax.nn.silu(gate.astype(jnp.float32)) * up
     if residual is not None:
         result = residual + result
     return result.astype(out_dtype)
 
 
-def _product(x, kernel, is_transposed: bool, num_tokens, implementation: str | None) -> Float[Array, "t f"]:
-    """The product alone, float32."""
+def _product(x, kernel, is_transposed: bool, num_tokens, implementation: str | None, dtype: Any) -> Float[Array, "t f"]:
+    """The product alone; "xla" gives it in `dtype`, sums being float32, "numba" in float32."""
     if implementation is None:
         # XLA multiplies bfloat16 by a unit of its own for it; the transposed form of "numba" does not.
         is_for_unit = is_transposed and kernel.dtype == jnp.bfloat16 and cpu_has("avx512bf16")
@@ -68,7 +71,7 @@ def _product(x, kernel, is_transposed: bool, num_tokens, implementation: str | N
         case "xla":
             # bfloat16 operands double the rate on CPUs with AVX512-BF16; a bfloat16 result does not.
             dims = (((1,), (1 if is_transposed else 0,)), ((), ()))
-            return jax.lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
+            return jax.lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
         case "numba":
             reason = _why_not_numba(kernel, is_transposed=is_transposed)
             if reason is not None:

@@ -83,10 +83,11 @@ def decode_on(
     *,
     sm_scale: float | None = None,
     interpret: Any = None,
-) -> Callable[[], Float[Array, "R H h"]]:
+) -> Callable[[Float[Array, "R H h"]], Float[Array, "R H h"]]:
     """A form's attention alone, on `num_sms` multiprocessors, for whoever launches the product beside it himself.
 
-    The call that is returned has no jit in it, so that a stream can run it.  Arguments as in `matmul_and_decode_attention`.
+    What is returned takes queries like `q` and has no jit in it, so that a stream can run it.  Arguments as in
+    `matmul_and_decode_attention`.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
     attention = {
@@ -94,7 +95,7 @@ def decode_on(
         "page_indices": page_indices, "num_decode": num_decode, "sm_scale": scale,
     }  # fmt: skip
     call = PREPARE[form](num_sms, attention)
-    return lambda: decode.attend(call, call.inputs, call.schedule, interpret)
+    return lambda q: decode.attend(call, (q, *call.inputs[1:]), call.schedule, interpret)
 
 
 def matmul_and_decode_attention(

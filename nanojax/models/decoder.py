@@ -209,7 +209,9 @@ def init_params(config: ModelConfig, key: Key[Array, ""], dtype=jnp.float32) -> 
 
 def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
     """The params pytree as `jax.ShapeDtypeStruct`s: what loaders must produce.  Norms and biases stay float32."""
-    return jax.eval_shape(lambda: _params(Decoder(config, jnp.dtype(dtype), nnx.Rngs(0))))
+    one_layer = dataclasses.replace(config, num_layers=1)
+    found = jax.eval_shape(lambda: _params(Decoder(one_layer, jnp.dtype(dtype), nnx.Rngs(0))))
+    return found | {"layers": {i: jax.tree.map(lambda leaf: leaf, found["layers"][0]) for i in range(config.num_layers)}}
 
 
 def _params(module: nnx.Module) -> Params:

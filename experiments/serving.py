@@ -17,6 +17,7 @@ from nanojax.admission import make_forecast
 from nanojax.config import PRESETS, EngineConfig, ModelConfig
 from nanojax.models import decoder
 from nanojax.pipeline import execute
+from nanojax.pipeline.compiler_options import Graphs
 from nanojax.pipeline.ir import Pipeline
 from nanojax.scheduler import Batching, PhaseOrder, Policy
 from nanojax.serve import Driver, Engine
@@ -94,6 +95,7 @@ def engine(values: flags.FlagValues, loaded: LoadedModel) -> Engine:
         pipelines=pipelines(values, loaded),
         use_streams=rungs.uses_streams(values),
         overlap=values.overlap,
+        graphs=Graphs(values.cuda_graphs),
         kv_dtype=kv_dtype(values),
         check_invariants=values.check_invariants,
     )

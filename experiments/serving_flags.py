@@ -21,6 +21,7 @@ from absl import app, flags, logging
 from experiments.sweep import parse_sweep
 from nanojax.admission import ADMISSION_NAMES
 from nanojax.config import PRESETS, EngineConfig
+from nanojax.pipeline.compiler_options import Graphs
 from nanojax.pipeline.library import PIPELINES
 from nanojax.scheduler import PRIORITIES, Batching, PhaseOrder
 from nanojax.serve import Driver
@@ -69,6 +70,12 @@ def define(values: flags.FlagValues) -> None:
     text("op_profile", None, "That cost model: a file of experiments.profile_ops; else the roofline of a known GPU.")
     flag("streams", None, "Run the pipeline on the GPU streams that it names; so on a GPU if not given.")
     enum("overlap", OVERLAP[0], OVERLAP, "How streams divide a Hopper GPU; xla: not at all.")
+    enum(
+        "cuda_graphs",
+        Graphs.SOME.value,
+        [graphs.value for graphs in Graphs],
+        "What a GPU is told to launch: some graphs, XLA's default, one for a step, or no.",
+    )
     count("expected_output_len", None, "Mean output in tokens, until one is known.")
 
     text("token_budgets", ",".join(map(str, engine.token_budgets)), "Ladder of tokens per step; + for , in a sweep.")

@@ -94,7 +94,8 @@ class Engine:
     `clock` gives seconds; everything else that the engine touches comes in through its arguments.  `records` and `steps` grow
     as requests finish and steps are read; `reset_metrics` empties them.  `pipelines` says how steps of a token budget run
     (ValueError as `execute.forward_per_budget`), `use_streams` whether on the GPU streams they name, `overlap` how these divide the
-    GPU (as in `execute.forward`); `forward` takes the place of the model, pipelines included.
+    GPU (as in `execute.forward`), `graphs` what the host launches there; `forward` takes the place of the model, pipelines
+    included.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Engine:
         pipelines: Mapping[int, Pipeline] | None = None,
         use_streams: bool = False,
         overlap: str = "xla",
+        graphs: Graphs = Graphs.SOME,
         kv_dtype=jnp.float32,
         forward: Forward | None = None,
         steps_per_launch: int = 8,
@@ -135,7 +137,7 @@ class Engine:
             budget: jax.jit(
                 _launch_fn(driver, config, policy, own, budget, steps_per_launch),
                 donate_argnums=1,
-                compiler_options=dict(gpu_options(Graphs.SOME)) if device.platform == "gpu" else None,
+                compiler_options=dict(gpu_options(graphs)) if device.platform == "gpu" else None,
             )
             for budget, own in forwards.items()
         }

@@ -1,6 +1,7 @@
 """What XLA makes of programs for GPUs that are not there, and that it is read right."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -191,33 +192,43 @@ def test_the_products_of_a_pipeline_are_counted_by_shape():
     assert gpu_steps.matmuls(model, library.PIPELINES["llama_8b"](1024, False, 1)) == wanted
 
 
-@gpu_compile
-@needs_plugin
-@pytest.mark.parametrize("num_tokens", [1024, 2048])
-def test_a_llama_8b_step_is_one_graph_that_overlaps_nano_batches_and_updates_the_cache_in_place(num_tokens):
+@functools.cache
+def llama_8b_step(num_tokens, overlap):
     """Two layers of LLaMA-3-8B at full width."""
     model = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=2)
     pipeline = library.PIPELINES["llama_8b"](num_tokens, False, 1)
-    step = gpu_steps.compile_step(
+    return gpu_steps.compile_step(
         compiled_code.target("h200"), model, pipeline, kv_bytes=100e9 * 2 / 32, overlap=overlap
     )
-    code, overlap = step.code, step.code.overlap
+
+
+@gpu_compile
+@needs_plugin
+@pytest.mark.parametrize(("num_tokens", "overlap"), [(1024, "sm_exclusive"), (2048, "xla")])
+def test_a_llama_8b_step_is_one_graph_that_overlaps_nano_batches_and_updates_the_cache_in_place(num_tokens, overlap):
+    step = llama_8b_step(num_tokens, overlap)
+    code = step.code
     assert code.graphs == ("kCommandBuffer",)
     assert code.alias_bytes >= step.kv_bytes
     assert step.num_kv_copies == 0
     assert step.num_merged_matmuls == 0
     # O, UG and D of the last layer's second nano-batch have nothing left to run beside.
-    alone = [
-        i for i, pair in enumerate(zip(overlap.is_possible, overlap.is_there, strict=True)) if pair == (True, False)
-    ]
-    assert len(alone) <= 3
+    is_there = zip(code.overlap.is_possible, code.overlap.is_there, strict=True)
+    assert list(is_there).count((True, False)) <= 3
     # Attention is launched before all products beside it, not when these are almost done: 3 attentions beside KQV2, in the
     # second layer beside the first one's O2, UG2, D2, too; 2 beside O1 and UG1; one beside D1 and the next KQV1.
     assert step.pairs == (26, 26)
     assert {region.stream for region in code.regions} == {"computation_stream[1]", "computation_stream[2]"}
     assert not [kernel for kernel in code.kernels if kernel.spill_bytes]
     assert all(code.target.blocks_per_core(kernel) >= 1 for kernel in code.kernels)
-    # Shares became CTAs: products and decode attention side by side have the device to themselves, one CTA a core.
+
+
+@gpu_compile
+@needs_plugin
+def test_shares_become_ctas_that_have_the_device_to_themselves():
+    """Products and decode attention side by side, one CTA a core."""
+    step = llama_8b_step(1024, "sm_exclusive")
+    code, pipeline = step.code, step.pipeline
     num_ctas = {
         name: {kernel.num_blocks for kernel in code.kernels if kernel.name.startswith(name)}
         for name in ("persistent_matmul", "decode_attention_parts")
@@ -229,7 +240,7 @@ def test_a_llama_8b_step_is_one_graph_that_overlaps_nano_batches_and_updates_the
     # Only where an operation has nothing beside it is the product the library's; the logits are, too.
     first, second = (pipeline.tokens_of(node).num_tokens for node in pipeline.nodes if node.op is OpKind.KQV)
     assert code.matmuls == {
-        (first, 6144): 1, (second, 4096): 2, (second, 28672): 1, (1024, model.vocab_size): 1,
+        (first, 6144): 1, (second, 4096): 2, (second, 28672): 1, (1024, step.model.vocab_size): 1,
     }  # fmt: skip
     in_streams = [thunk.kind for region in code.regions for thunk in region.thunks if "Cublas" in thunk.kind]
     assert len(in_streams) == 4

@@ -109,6 +109,16 @@ def test_a_step_writes_its_tokens_in_place_and_compiles_each_kernel_once():
     assert_fits(code)
 
 
+def test_batches_of_any_size_share_the_code_up_to_a_power_of_2_of_rows():
+    before = triton_call.compile_kernel.cache_info().misses
+    for num_tokens, num_rows, num_pages in ((640, 600, 1000), (768, 700, 1000), (2048, 1024, 45_000)):
+        spec = dataclasses.replace(
+            MIXED, num_tokens=num_tokens, num_rows=num_rows, max_len=16 * num_rows, num_kv_heads=4
+        )
+        compiled_code.compile_for(compiled_code.target("h200"), two_layers, (shapes(spec, jnp.bfloat16, num_pages),))
+    assert triton_call.compile_kernel.cache_info().misses - before <= 3
+
+
 @pytest.mark.parametrize("num_pages", [45_000, 300_000])
 def test_writes_reach_beyond_2_31_elements_without_atomics(num_pages):
     layer, kv_heads, page_size, head_dim = 31, 8, 16, 128

@@ -20,6 +20,7 @@ from experiments.gpu_report.cases import Case, Row, Setting
 from experiments.gpu_report.peaks import limits
 from nanojax.config import PRESETS, ModelConfig
 from nanojax.metrics import optimal_tokens_per_s
+from nanojax.pipeline.compiler_options import Graphs
 from nanojax.serve import Engine
 from nanojax.weights import LoadedModel
 
@@ -35,7 +36,7 @@ class Point:
     """One run.
 
     pipeline: name of a ready-made one, or a file in the report's folder; None runs whole operations.
-    overlap: how its streams divide the multiprocessors; "xla" leaves it to the GPU's scheduler.
+    overlap: how its streams divide the multiprocessors; "xla" leaves it to the GPU's scheduler.    graphs: see `Graphs`.
     """
 
     lengths: str
@@ -44,6 +45,7 @@ class Point:
     use_streams: bool = False
     driver: str = "dispatch_ahead"
     overlap: str = "xla"
+    graphs: str = Graphs.SOME.value
 
     @property
     def name(self) -> str:
@@ -55,6 +57,7 @@ _WAYS = {
     "sequential": {},
     "overlap": {"pipeline": "llama_8b", "use_streams": True},
     "searched": {"pipeline": SEARCHED, "use_streams": True},
+    "overlap, no graphs": {"pipeline": "llama_8b", "use_streams": True, "graphs": Graphs.NO.value},
     "overlap, divided": {"pipeline": "llama_8b", "use_streams": True, "overlap": "sm_exclusive"},
     "nano_batched": {"pipeline": "nano_batched"},
 }
@@ -100,7 +103,7 @@ def flag_values(point: Point, model: str, found: steady_state.Plan, setting: Set
         "model": model, "weights": serving_flags.RANDOM_WEIGHTS, "driver": point.driver, "seed": setting.seed,
         "token_budgets": found.token_budget, "page_size": page_size, "num_pages": found.num_pages,
         "num_slots": found.num_slots, "max_len": found.max_len, "cache_dir": "",
-        "overlap": point.overlap,
+        "overlap": point.overlap, "cuda_graphs": point.graphs,
         # A resident's output is the rest of one, of which the paper's rule would make a mean that suits no fresh request.
         "admission": "oracle",
         "switch": "false",  # what a pipeline does is to be measured, where the cost model says that it loses too

@@ -211,7 +211,8 @@ def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
     """The params pytree as `jax.ShapeDtypeStruct`s: what loaders must produce.  Norms and biases stay float32."""
     one_layer = dataclasses.replace(config, num_layers=1)
     found = jax.eval_shape(lambda: _params(Decoder(one_layer, jnp.dtype(dtype), nnx.Rngs(0))))
-    return found | {"layers": {i: jax.tree.map(lambda leaf: leaf, found["layers"][0]) for i in range(config.num_layers)}}
+    layer = found["layers"][0]
+    return found | {"layers": {i: jax.tree.map(lambda leaf: leaf, layer) for i in range(config.num_layers)}}
 
 
 def _params(module: nnx.Module) -> Params:

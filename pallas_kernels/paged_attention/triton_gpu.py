@@ -119,21 +119,13 @@ def paged_attention(
     extra_splits = -(-config.splits_per_program * programs // num_kv_heads)
     num_splits = min(num_rows, num_tokens) + extra_splits
 
-    rows = {"R": num_rows, "ROWS": _power_of_2(num_rows)}
-    cache = {
-        "N": k_pages.shape[1],
-        "K": num_kv_heads,
-        "PAGE": k_pages.shape[3],
-        "D": head_dim,
-        "G": group,
-        "P": page_indices.shape[1],
-        **rows,
-    }
+    rows = {"ROWS": _power_of_2(num_rows)}
+    cache = {"K": num_kv_heads, "PAGE": k_pages.shape[3], "D": head_dim, "G": group, **rows}
     splits = {"BLOCK": config.decode_block, "MIN_SPLIT": config.min_split, "EXTRA_SPLITS": extra_splits}
     # Products in units of log2: exp2 is an instruction, exp is not.
     product = {"SCALE": float(sm_scale) * math.log2(math.e), "DTYPE": _triton_dtype(dtype)}
     views = {1: value_dtypes[0], 2: value_dtypes[1]}
-    scalars = {"layer": layer}
+    scalars = {"layer": layer, "N": k_pages.shape[1], "P": page_indices.shape[1], "R": num_rows}
 
     partial, lse = triton_call(
         triton_kernels.decode,
@@ -151,8 +143,8 @@ def paged_attention(
         triton_kernels.merge,
         (kv_lens, cu_q_lens, num_decode, partial, lse),
         [out_shape],
-        {},
-        {"T": num_tokens, "H": num_heads, "HEADS": _power_of_2(num_heads), "D": head_dim, **rows, **splits},
+        {"T": num_tokens, "R": num_rows},
+        {"H": num_heads, "HEADS": _power_of_2(num_heads), "D": head_dim, **rows, **splits},
         num_programs=min(programs, num_tokens),
         num_warps=config.merge_warps,
         num_stages=1,

@@ -6,7 +6,8 @@ and takes every n-th item.  So the grid may have any size, down to one program. 
 - for decode rows a *split* of a row's keys for one KV head, with the group's query heads as the rows of a tile,
 - for prefill chunks a *tile* of queries for one KV head, each query with its group of query heads.
 
-Letters as in `api.py`, and G query heads for each KV head; scores are in units of log2, so that exp2 serves.
+Letters as in `api.py`, and G query heads for each KV head; scores are in units of log2, so that exp2 serves.  Of the sizes of a
+batch only a power of 2 of its rows is part of the code, so that the nano-batches of a step share it.
 """
 
 import typing  # Triton reads the functions' source: checks of types at run time must leave them as they are
@@ -25,8 +26,8 @@ def _find(ends, item):
 
 @triton.jit
 @typing.no_type_check
-def _cut_into_splits(kv_lens, num_decode, R: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                     MIN_SPLIT: tl.constexpr, EXTRA_SPLITS: tl.constexpr):  # fmt: skip
+def _cut_into_splits(kv_lens, num_decode, R, ROWS: tl.constexpr, BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr,
+                     EXTRA_SPLITS: tl.constexpr):  # fmt: skip
     """Tokens in a split, and the prefix sum of splits of the decode rows: at most R + EXTRA_SPLITS."""
     rows = tl.arange(0, ROWS)
     is_decode = rows < tl.minimum(tl.load(num_decode), R)
@@ -77,10 +78,10 @@ def _attend_to_block(query, peak, total, acc, k_pages, v_pages, page, first_page
 
 @triton.jit
 @typing.no_type_check
-def decode(q, k_pages, v_pages, kv_lens, page_indices, num_decode, partial, lse, layer,
-           N: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-           R: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr,
-           EXTRA_SPLITS: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def decode(q, k_pages, v_pages, kv_lens, page_indices, num_decode, partial, lse, layer, N, P, R,
+           K: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
+           TILE: tl.constexpr, BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr, EXTRA_SPLITS: tl.constexpr,
+           SCALE: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Attention of decode rows to each of their splits.
 
     partial [R+EXTRA_SPLITS H h] and lse [R+EXTRA_SPLITS H], both float32: weighted values, and log2 of the sum of weights.
@@ -117,9 +118,9 @@ def decode(q, k_pages, v_pages, kv_lens, page_indices, num_decode, partial, lse,
 
 @triton.jit
 @typing.no_type_check
-def merge(kv_lens, cu_q_lens, num_decode, partial, lse, out,
-          T: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
-          BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr, EXTRA_SPLITS: tl.constexpr):  # fmt: skip
+def merge(kv_lens, cu_q_lens, num_decode, partial, lse, out, T, R,
+          H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+          MIN_SPLIT: tl.constexpr, EXTRA_SPLITS: tl.constexpr):  # fmt: skip
     """Output of decode tokens from their splits, zeros for padding tokens; leaves out what prefill writes."""
     _, ends = _cut_into_splits(kv_lens, num_decode, R, ROWS, BLOCK, MIN_SPLIT, EXTRA_SPLITS)
     rows = tl.arange(0, ROWS)
@@ -152,10 +153,9 @@ def merge(kv_lens, cu_q_lens, num_decode, partial, lse, out,
 
 @triton.jit
 @typing.no_type_check
-def prefill(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode, before, out, layer,
-            N: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-            R: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr,
-            DTYPE: tl.constexpr):  # fmt: skip
+def prefill(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode, before, out, layer, N, P, R,
+            K: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
+            TILE: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Output of the tokens of rows from `num_decode` on; `out` shares the memory of `before`, whose other tokens stay."""
     QUERIES: tl.constexpr = TILE // G
     rows = tl.arange(0, ROWS)

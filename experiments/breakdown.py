@@ -202,7 +202,7 @@ def _dense(model: ModelConfig, params, packed: RaggedBatch):
         stored.append((k, v))  # given back, so that they are computed
         x = layer.project_out(x, q, extent)
         x = layer.down(x, layer.up_gate(x, extent=extent), extent)
-    return bound.logits(x[jnp.maximum(packed.cu_q_lens[1:] - 1, 0)], batches.num_rows(packed)), stored
+    return bound.logits(x[batches.last_tokens(packed)], batches.num_rows(packed)), stored
 
 
 def _attend(model: ModelConfig, implementation: str | None, kv, x, packed):

@@ -25,9 +25,12 @@ from experiments.record import make_record, write_record
 from experiments.sweep import sweep_series
 from nanojax import hardware
 from nanojax.metrics import StepRecord, optimal_tokens_per_s, step_series, summarize
+from nanojax.serve import Engine
 from nanojax.weights import LoadedModel
 
 NAME = "offline_throughput"
+NUM_FIRST_TOKENS = 12
+"""Of an answer that is shown before all steps are compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +100,17 @@ def _serve(values: flags.FlagValues, models: dict[tuple, LoadedModel]) -> Run:
         engine = serving.engine(values, loaded)
         for request in work.requests:
             engine.check(request)
+    print(f"{loaded.config.name}: {loaded.config.num_params / 1e6:,.1f} M parameters, {values.dtype}; ", end="")
+    print(f"loaded in {load_s:.1f} s", flush=True)
     start_s = time.perf_counter()
+    first = _first_words(engine, work) if is_first else {}
     engine.warm_up()
     compile_s = time.perf_counter() - start_s
-    print(f"{loaded.config.name}: {loaded.config.num_params / 1e6:,.1f} M parameters, {values.dtype}; ", end="")
-    print(f"loaded in {load_s:.1f} s, compiled in {compile_s:.1f} s", flush=True)
+    print(f"compiled in {compile_s:.1f} s", flush=True)
     print(rungs.text(rungs.choose(values, loaded.config)), end="", flush=True)
-    first: dict[str, float] = {}
-
-    def on_first_token() -> None:
-        if is_first and (age_s := summary.process_age_s()) is not None:
-            first["first_token_since_process_start_s"] = age_s
-
     start_s = time.perf_counter()
-    with summary.progress(len(work.requests), work.questions, on_first_token) as on_event:
+    with summary.progress(len(work.requests), work.questions) as on_event:
         engine.generate(work.requests, on_event)
-    for age_s in first.values():
-        print(f"first token {age_s:.1f} s after the start of the process")
     metrics: dict[str, Any] = summarize(engine.records, engine.steps, num_pages=engine.config.num_pages)
     metrics |= {"load_s": load_s, "compile_s": compile_s, **first}
     config = serving.describe(values, loaded) | {"num_dropped": work.num_dropped}
@@ -125,6 +122,27 @@ def _serve(values: flags.FlagValues, models: dict[tuple, LoadedModel]) -> Run:
         mean_input_len = float(np.mean([len(request.prompt_ids) for request in work.requests]))
         metrics |= breakdown.measure(values, loaded, steps, mean_input_len=mean_input_len)
     return Run(metrics, steps, config, peak, loaded.config.num_active_params)
+
+
+def _first_words(engine: Engine, work: serving.Work) -> dict[str, float]:
+    """The shortest request says a little, on the smallest steps, while no others are compiled; when its first token came."""
+    engine.warm_up(engine.config.token_budgets[:1])
+    request = min(work.requests, key=lambda request: len(request.prompt_ids))
+    words, num_tokens, age_s = "", 0, None
+    engine.submit(request)
+    while engine.num_unfinished and num_tokens < NUM_FIRST_TOKENS:
+        for event in engine.poll():
+            age_s = age_s if num_tokens else summary.process_age_s()
+            words, num_tokens = words + event.text, num_tokens + len(event.token_ids)
+    if engine.num_unfinished:
+        engine.cancel(request.request_id)
+    engine.poll()  # what was under way
+    engine.reset_metrics()
+    print(summary.sample(request.request_id, work.questions.get(request.request_id, ""), words + " ..."))
+    if age_s is None:
+        return {}
+    print(f"first token {age_s:.1f} s after the start of the process", flush=True)
+    return {"first_token_since_process_start_s": age_s}
 
 
 def _measure_peak(values: flags.FlagValues) -> hardware.Measurement:

@@ -17,9 +17,7 @@ WIDTH = 100
 
 
 @contextlib.contextmanager
-def progress(
-    num_requests: int, questions: Mapping[str, str], on_first_token: Callable[[], None] = lambda: None
-) -> Iterator[Callable[[Event], None]]:
+def progress(num_requests: int, questions: Mapping[str, str]) -> Iterator[Callable[[Event], None]]:
     """A bar over requests with tokens beside it; gives the function that takes the engine's events.
 
     The first answer of each category in `questions` (request id without its number -> text) is printed as it finishes.
@@ -30,8 +28,6 @@ def progress(
 
         def on_event(event: Event) -> None:
             nonlocal num_tokens
-            if num_tokens == 0:
-                on_first_token()
             num_tokens += len(event.token_ids)
             if event.output is None:
                 return

@@ -67,6 +67,11 @@ def num_rows(batch: RaggedBatch) -> Int32[Array, ""]:
     return jnp.max(jnp.where(jnp.diff(batch.cu_q_lens) > 0, place, 0))
 
 
+def last_tokens(batch: RaggedBatch) -> Int32[Array, "R"]:
+    """Where each row's last token is; anywhere for an empty row."""
+    return jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
+
+
 def cut(batch: RaggedBatch, start: int, stop: int) -> RaggedBatch:
     """Tokens `start` to `stop` (exclusive) as a batch of their own; at most that many rows.
 

@@ -152,6 +152,7 @@ class Engine:
         self._queue: list[tuple[int, int]] = []
         self._free_slots = list(range(config.num_slots))[::-1]
         self._num_submitted = 0
+        self._ready = config.token_budgets
 
     @property
     def num_unfinished(self) -> int:
@@ -249,13 +250,17 @@ class Engine:
         self._state = jax.jit(functools.partial(core.assume_computed, self.config), donate_argnums=0)(self._state)
         self._num_todo = len(requests)
 
-    def warm_up(self) -> None:
-        """Compiles everything that serving needs, so that no request waits for it."""
+    def warm_up(self, budgets: Sequence[int] | None = None) -> None:
+        """Compiles everything that serving needs, so that no request waits for it.
+
+        budgets: only for steps of so many tokens, some of the engine's; all steps are such until this is called again.
+        """
+        self._ready = self.config.token_budgets if budgets is None else tuple(budgets)
         nothing = self._arrivals([])
         self._state = self._load(self._state, nothing)
         self._state = self._cancel(self._state, jnp.zeros((self.config.num_slots,), bool))
-        for launch in self._launch.values():
-            self._state, report = launch(self._params, self._state)
+        for budget in self._ready:
+            self._state, report = self._launch[budget](self._params, self._state)
             jax.block_until_ready(report)
 
     def reset_metrics(self) -> None:
@@ -313,7 +318,7 @@ class Engine:
         num_rows = self.config.num_slots - len(self._free_slots)
         for launch in self._flying:
             todo = max(todo - launch.budget, 0) + min(num_rows, launch.budget)
-        return next((budget for budget in self.config.token_budgets if budget >= todo), self.config.token_budgets[-1])
+        return next((budget for budget in self._ready if budget >= todo), self._ready[-1])
 
     def _read(self, launch: _Launch) -> list[Event]:
         """Turns one launch's report (stacked reports for the device loop) into events; waits for the device if it must."""

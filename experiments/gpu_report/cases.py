@@ -65,7 +65,7 @@ class Part:
 
 PARTS = (
     Part("peaks", "How fast are this card's matmul and memory?", 25),
-    Part("kernels", "Is every kernel right at real shapes?", 60),
+    Part("kernels", "Is every kernel right at real shapes?", 80),
     Part("kernel_speed", "How fast is every kernel on the whole device?", 60),
     Part("cta_curves", "How fast are matmul and decode attention on a share of the multiprocessors?", 60),
     Part("pairs", "What do two operations side by side take?", 60),

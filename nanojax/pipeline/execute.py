@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from nanojax import batch as batches
@@ -60,8 +59,7 @@ def forward(
             room=room_here(overlap, use_streams=use_streams),
         )  # fmt: skip
     with jax.named_scope("logits"):
-        last = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
-        return model.logits(x[last], batches.num_rows(batch)), kv
+        return model.logits(x[batches.last_tokens(batch)], batches.num_rows(batch)), kv
 
 
 def check(pipeline: Pipeline, config: ModelConfig, num_tokens: int, *, num_devices: int = 1) -> None:

@@ -244,12 +244,13 @@ class _Loop:
     def _attend(
         self, node: Node, layer: int, tokens: NanoBatch, rows: RaggedBatch, path: Path
     ) -> Float[Array, "t H h"]:
-        def attend(q: Array) -> Array:
+        def attend_to_pages(q: Array) -> Array:
             return paged_attention(
                 q, self.kv.k, self.kv.v, layer, rows.kv_lens, rows.page_indices, rows.cu_q_lens, rows.num_decode,
                 implementation=self.attention,
             )  # fmt: skip
 
+        attend: Callable[[Array], Array] = attend_to_pages
         if path.num_sms is not None:
             attend = decode_on(path.num_sms, path.kernel, self._projected(layer, tokens)[0], self.kv, layer, rows)
         # The queries are cut inside of the call: what it waits for is there at the join, so XLA launches it at once.

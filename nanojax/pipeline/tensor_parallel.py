@@ -86,8 +86,8 @@ def tensor_parallel(
             network=network, attention=attention, use_streams=use_streams,
         )  # fmt: skip
         with jax.named_scope("logits"):
-            last = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
-            return network.gather(model.logits(x[last], batches.num_rows(batch)), 1)[:, : config.vocab_size], kv
+            logits = model.logits(x[batches.last_tokens(batch)], batches.num_rows(batch))
+            return network.gather(logits, 1)[:, : config.vocab_size], kv
 
     whole = PartitionSpec()
     shared = jax.shard_map(

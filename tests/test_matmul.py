@@ -1,5 +1,9 @@
 """Does every implementation of the matrix product keep the contract of `api.py`?"""
 
+import ast
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,3 +110,29 @@ def test_what_numba_cannot_do_is_said(kernel, is_transposed, message):
 def test_unknown_implementation_is_said():
     with pytest.raises(NotImplementedError, match="'cuda' is none of"):
         matmul(jnp.zeros((2, 2)), jnp.zeros((2, 2)), implementation="cuda")
+
+
+def addresses_that_outlive_their_array(source: str) -> list[str]:
+    """Names `p` of assignments `p = ... a.ctypes.data ...`, outside of loops, that are used after the last use of `a`."""
+    found = []
+    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
+        parameters = {argument.arg for argument in function.args.args}  # which are the caller's
+        last: dict[str, int] = {}  # name -> line of its last use
+        for node in ast.walk(function):
+            if isinstance(node, ast.Name):
+                last[node.id] = max(node.lineno, last.get(node.id, 0))
+        for node in (node for node in function.body if isinstance(node, ast.Assign)):
+            (address,) = (target.id if isinstance(target, ast.Name) else "" for target in node.targets)
+            arrays = {*re.findall(r"(\w+)\.ctypes\.data", ast.unparse(node.value))} - parameters
+            found += [address for array in arrays if last.get(address, 0) > last[array]]
+    return found
+
+
+def test_no_address_outlives_its_array():
+    """numba frees an array after the last use of its name."""
+    loop = "def f():\n    a = np.empty(3)\n    p = a.ctypes.data\n    for i in range(3):\n        g(p)\n"
+    assert addresses_that_outlive_their_array(loop) == ["p"]
+    assert addresses_that_outlive_their_array(loop + "    a[0] = 0\n") == []
+    paths = list(pathlib.Path(api.__file__).parents[1].rglob("*.py"))
+    assert [path.name for path in paths if addresses_that_outlive_their_array(path.read_text())] == []
+    assert any(".ctypes.data" in path.read_text() for path in paths)

@@ -56,6 +56,7 @@ def test_two_processes_equal_one_device():
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     if any("missing" in one for one in found):
         pytest.skip(f"no gloo collectives here: {found}")
     assert all(one["two processes"] < 1e-5 for one in found), found

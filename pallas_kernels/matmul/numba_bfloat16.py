@@ -145,5 +145,6 @@ def make_work(sources):
                 else:
                     _tile(activations, x_stride, packed, num_pairs, sums, out_stride, 1)
                     token += 1
+        buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 
     return work

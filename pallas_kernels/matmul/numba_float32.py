@@ -198,5 +198,6 @@ def make_work(sources, element_bytes, is_transposed):
                 else:
                     _tiles(activations, x_stride, packed, width, sums, out_stride, later, fetch_stride, pace, 1)
                     token += 1
+        buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 
     return work

@@ -159,10 +159,10 @@ def _with_optimum(one: Run, peak: hardware.Measurement) -> Run:
 
 
 def _median(results: list[Run]) -> Run:
-    """The run of median throughput, with the slowest and the fastest beside it."""
+    """The run of median throughput (of an even number the slower one), with the slowest and the fastest beside it."""
     ordered = sorted(results, key=lambda result: result.metrics["total_tokens_per_s"])
     rates = [result.metrics["total_tokens_per_s"] for result in ordered]
-    middle = ordered[len(ordered) // 2]
+    middle = ordered[(len(ordered) - 1) // 2]
     spread = {"num_repeats": len(ordered), "total_tokens_per_s_min": rates[0], "total_tokens_per_s_max": rates[-1]}
     return dataclasses.replace(middle, metrics=middle.metrics | spread)
 

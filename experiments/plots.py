@@ -128,6 +128,8 @@ def plot_latency(
 def plot_sweep(record: Record, metric: str, path: str | os.PathLike[str]) -> pathlib.Path:
     """One metric against the swept flag; with two swept flags, a line per value of the first.
 
+    Words have no order: a bar for each, markers with two flags.  Slowest and fastest of repeated runs are whiskers.
+
     Reads `series["sweep"]` (`experiments.sweep.sweep_series`), whose leading columns named in `config["swept"]` are the
     flags.  Raises ValueError when `metric` is not there, more than two flags were swept, or more than 6 lines result.
     """
@@ -141,6 +143,7 @@ def plot_sweep(record: Record, metric: str, path: str | os.PathLike[str]) -> pat
     *grouping, flag = swept
     positions, tick_labels = _positions(table[flag])
     title = _words(metric).partition(" (")[0]
+    is_ordered = all(isinstance(value, int | float) for value in table[flag])
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure(f"{title[:1].upper()}{title[1:]} by {flag}", [record], (3.4,))
         groups = list(dict.fromkeys(table[grouping[0]])) if grouping else [None]
@@ -148,12 +151,18 @@ def plot_sweep(record: Record, metric: str, path: str | os.PathLike[str]) -> pat
             rows = [i for i in range(len(positions)) if group is None or table[grouping[0]][i] == group]
             x, y = [positions[i] for i in rows], [table[metric][i] for i in rows]
             label = None if group is None else f"{grouping[0]} = {group}"
-            axes.plot(x, _gaps(y), color=color, marker=marker, markersize=7, label=label)
+            line = "-" if is_ordered else "none"
+            if is_ordered or len(groups) > 1:
+                axes.plot(x, _gaps(y), color=color, marker=marker, markersize=7, label=label, linestyle=line)
+            else:
+                axes.bar(x, _gaps(y), 0.5, color=color)
+            low, high = (table.get(f"{metric}_{end}", table[metric]) for end in ("min", "max"))
             if len(groups) == 1:
                 for i in rows:
                     if table[metric][i] is not None:
+                        axes.plot([positions[i]] * 2, [low[i], high[i]], color="0.35", linewidth=1.5)
                         axes.annotate(
-                            _number(table[metric][i]), (positions[i], table[metric][i]),
+                            _number(table[metric][i]), (positions[i], high[i]),
                             xytext=(0, 9), textcoords="offset points", ha="center", fontsize=10,
                             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0}, zorder=1.5,
                         )  # fmt: skip

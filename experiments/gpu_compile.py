@@ -165,7 +165,7 @@ def summary(step: Step) -> dict[str, Any]:
     return {
         "regions": len(overlap.regions), "regions_that_could": sum(overlap.is_possible),
         "regions_overlapped": sum(overlap.is_there), "overlapped_fraction": overlap.fraction,
-        "pairs_planned": step.pairs[0], "pairs_overlapped": step.pairs[1], "pairs_fraction": step.pairs[1] / step.pairs[0],
+        "pairs_planned": step.pairs[0], "pairs_overlapped": step.pairs[1], "pairs_fraction": step.pairs[1] / max(step.pairs[0], 1),
         "collectives": len(collectives),
         "collectives_async": sum(overlap.regions[i].stream != "main" for i in collectives),
         "collectives_overlapped": sum(overlap.is_there[i] for i in collectives),

@@ -31,6 +31,7 @@ from absl import flags
 from experiments import comparison, compiled_code, figure_flags, gpu_kernels, gpu_steps, scheduled_hlo
 from experiments.gpu_steps import Step
 from experiments.record import make_record, write_record
+from experiments.serving_flags import OVERLAP
 from nanojax import hardware
 from nanojax.config import PRESETS
 from nanojax.pipeline import library
@@ -58,6 +59,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("parts", list(PARTS), f"Some of {', '.join(PARTS)}.", flag_values=values)
     flags.DEFINE_list("dense_batches", ["1024", "2048"], "Of the steps, in tokens.", flag_values=values)
     flags.DEFINE_string("pipeline", "llama_8b", "Of the step on one GPU.", flag_values=values)
+    flags.DEFINE_enum("overlap", OVERLAP[0], OVERLAP, "How that step divides the GPU.", flag_values=values)
     flags.DEFINE_integer("num_layers", 0, "Of the steps' models; 0 for all.", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("num_processes", 2, "Kernels compiled at a time.", lower_bound=1, flag_values=values)
 
@@ -117,10 +119,10 @@ def rooflines() -> list[dict[str, Any]]:
 
 def _steps(gpu: compiled_code.Target, part: str, values: flags.FlagValues) -> dict[str, Any]:
     if part == "step":
-        model, pipeline, num_devices = "llama-3-8b", values.pipeline, 1
+        model, pipeline, num_devices, overlap = "llama-3-8b", values.pipeline, 1, values.overlap
         batches = [int(text) for text in values.dense_batches]
     else:
-        model, pipeline, num_devices = "llama-3-70b", "llama_70b_figure6", NUM_DEVICES
+        model, pipeline, num_devices, overlap = "llama-3-70b", "llama_70b_figure6", NUM_DEVICES, "xla"
         batches = [max(int(text) for text in values.dense_batches)]
     whole = PRESETS[model]
     num_layers = values.num_layers or whole.num_layers
@@ -130,6 +132,7 @@ def _steps(gpu: compiled_code.Target, part: str, values: flags.FlagValues) -> di
             gpu, dataclasses.replace(whole, num_layers=num_layers),
             library.PIPELINES[pipeline](num_tokens, False, num_devices),
             kv_bytes=KV_BYTES[part, gpu.name] * num_devices * num_layers / whole.num_layers, num_devices=num_devices,
+            overlap=overlap,
         )  # fmt: skip
         summaries.append({"dense_batch_tokens": num_tokens, **summary(step)})
         operations += [{"dense_batch_tokens": num_tokens, **row} for row in operation_rows(step)]
@@ -144,6 +147,7 @@ def _steps(gpu: compiled_code.Target, part: str, values: flags.FlagValues) -> di
     }  # fmt: skip
     config = {
         "model": model, "num_layers": num_layers, "pipeline": pipeline, "num_devices": num_devices,
+        "overlap": overlap,
         "notes": [
             "memory: arguments + outputs - aliased + temporaries of one device; CUDA's and NCCL's own are not in it",
             "overlap: on its way at the same time as one of another stream, in the scheduled launch order; not a time",

@@ -26,14 +26,10 @@ DEFAULT, MATMUL = "default", "persistent matmul"
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """Multiprocessors for nodes to divide; None where nodes run as if alone, for `reason`.    form: of attention's kernel."""
+    """Multiprocessors for nodes to divide.    form: of attention's kernel."""
 
-    num_sms: int | None
-    form: str = ""
-    reason: str = ""
-
-
-NO_ROOM = Room(None, reason="not asked for")
+    num_sms: int
+    form: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +41,14 @@ class Path:
     reason: str
 
 
-def room_here(form: str, *, use_streams: bool) -> Room:
-    """Of the device that is traced for.
+def room_here(form: str, *, use_streams: bool) -> Room | None:
+    """Of the device that is traced for; None where nodes run as if alone.
 
     form: one of those in which two kernels share the device, or "xla", which leaves operations as they are.
     Raises NotImplementedError for a form that does not exist, or that the device cannot run.
     """
     if form == "xla":
-        return NO_ROOM
+        return None
     from pallas_kernels import overlap  # loads slowly: only where it is used
 
     if form not in overlap.PREPARE:
@@ -88,7 +84,7 @@ def choose(
     pipeline: Pipeline,
     nodes: Sequence[int],
     calls: Mapping[int, tuple[OpKind, ...]],
-    room: Room,
+    room: Room | None,
     layer: DecoderLayer,
     pages: Any,
 ) -> dict[int, Path]:
@@ -96,8 +92,8 @@ def choose(
 
     `layer` and `pages` [L N K p h], of keys or values, may be mere shapes.
     """
-    if room.num_sms is None:
-        return dict.fromkeys(nodes, Path(DEFAULT, None, room.reason))
+    if room is None:
+        return dict.fromkeys(nodes, Path(DEFAULT, None, "not asked for"))
     counts = divide(pipeline, nodes, room.num_sms)
     return {i: _path(pipeline, i, calls.get(i), room, counts.get(i), layer, pages) for i in nodes}
 

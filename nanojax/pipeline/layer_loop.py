@@ -21,7 +21,7 @@ from nanojax.models.decoder import DecoderLayer, FeedForward
 from nanojax.models.layers import Extent
 from nanojax.pipeline import streams
 from nanojax.pipeline.ir import NanoBatch, Node, OpKind, Pipeline
-from nanojax.pipeline.kernel_paths import NO_ROOM, Path, Room, choose, decode_on
+from nanojax.pipeline.kernel_paths import Path, Room, choose, decode_on
 from nanojax.pipeline.pieces import Pieces
 from pallas_kernels.paged_attention import paged_attention
 
@@ -48,11 +48,11 @@ class Network:
 def run_layers(
     layers: Sequence[DecoderLayer], x: Float[Array, "T D"], rope: Float[Array, "2 T h2"], kv: KVPages, batch: RaggedBatch,
     pipeline: Pipeline, *, network: Network | None = None, attention: str | None = None, use_streams: bool = False,
-    room: Room = NO_ROOM,
+    room: Room | None = None,
 ) -> tuple[Float[Array, "T D"], KVPages]:  # fmt: skip
     """The residual stream after the last layer, and the cache with this step's keys and values.
 
-    The pipeline is valid and of `T` tokens; `network` is None on one device; `room` is what nodes side by side divide; the
+    The pipeline is valid and of `T` tokens; `network` is None on one device; `room` is what nodes side by side divide, if they do; the
     rest is as in `execute.forward`.
     """
     # On one stream nothing overlaps, and no join would keep the cache's reads before its writes: XLA copies it then.
@@ -143,7 +143,7 @@ class _Loop:
     network: Network
     attention: str | None
     use_streams: bool
-    room: Room
+    room: Room | None
     calls: Mapping[int, tuple[OpKind, ...]]
     rows: Mapping[tuple[NanoBatch, tuple[OpKind, ...]], RaggedBatch]
     num_tokens: Int32[Array, ""]

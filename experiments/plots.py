@@ -151,13 +151,13 @@ def plot_sweep(record: Record, metric: str, path: str | os.PathLike[str]) -> pat
             rows = [i for i in range(len(positions)) if group is None or table[grouping[0]][i] == group]
             x, y = [positions[i] for i in rows], [table[metric][i] for i in rows]
             label = None if group is None else f"{grouping[0]} = {group}"
-            line = "-" if is_ordered else "none"
             if is_ordered or len(groups) > 1:
+                line = "-" if is_ordered else "none"
                 axes.plot(x, _gaps(y), color=color, marker=marker, markersize=7, label=label, linestyle=line)
             else:
                 axes.bar(x, _gaps(y), 0.5, color=color)
-            low, high = (table.get(f"{metric}_{end}", table[metric]) for end in ("min", "max"))
             if len(groups) == 1:
+                low, high = (table.get(f"{metric}_{end}", table[metric]) for end in ("min", "max"))
                 for i in rows:
                     if table[metric][i] is not None:
                         axes.plot([positions[i]] * 2, [low[i], high[i]], color="0.35", linewidth=1.5)

@@ -115,7 +115,7 @@ def flag_values(point: Point, model: str, found: steady_state.Plan, setting: Set
         arguments["pipeline"] = file if file.exists() else point.pipeline
     if setting.is_smoke:
         arguments["attention"] = "reference"  # which compiles fast
-    if point.use_streams and "streams" in values:
+    if point.use_streams:
         arguments["streams"] = "true"
     values(["gpu_report", *(f"--{name}={value}" for name, value in arguments.items())])
     return values

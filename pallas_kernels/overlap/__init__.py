@@ -1,7 +1,6 @@
 """Which names does the overlap of a matrix product with decode attention offer?"""
 
 from pallas_kernels.overlap.api import (
-    DEFAULT_FORM,
     PREPARE,
     decode_on,
     matmul_and_decode_attention,
@@ -11,7 +10,6 @@ from pallas_kernels.overlap.api import (
 from pallas_kernels.overlap.shares import Split, ctas_of_shares, split_of_share
 
 __all__ = [
-    "DEFAULT_FORM",
     "PREPARE",
     "Split",
     "ctas_of_shares",

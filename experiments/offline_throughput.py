@@ -103,9 +103,12 @@ def _serve(values: flags.FlagValues, models: dict[tuple, LoadedModel]) -> Run:
     print(f"{loaded.config.name}: {loaded.config.num_params / 1e6:,.1f} M parameters, {values.dtype}; ", end="")
     print(f"loaded in {load_s:.1f} s", flush=True)
     start_s = time.perf_counter()
-    first = _first_words(engine, work) if is_first else {}
-    engine.warm_up()
+    engine.warm_up(engine.config.token_budgets[:1])
     compile_s = time.perf_counter() - start_s
+    first = _first_words(engine, work) if is_first else {}
+    start_s = time.perf_counter()
+    engine.warm_up()
+    compile_s += time.perf_counter() - start_s
     print(f"compiled in {compile_s:.1f} s", flush=True)
     print(rungs.text(rungs.choose(values, loaded.config)), end="", flush=True)
     start_s = time.perf_counter()
@@ -125,8 +128,7 @@ def _serve(values: flags.FlagValues, models: dict[tuple, LoadedModel]) -> Run:
 
 
 def _first_words(engine: Engine, work: serving.Work) -> dict[str, float]:
-    """The shortest request says a little, on the smallest steps, while no others are compiled; when its first token came."""
-    engine.warm_up(engine.config.token_budgets[:1])
+    """The shortest request says a little, on the steps that are compiled; when its first token came."""
     request = min(work.requests, key=lambda request: len(request.prompt_ids))
     words, num_tokens, age_s = "", 0, None
     engine.submit(request)

@@ -4,6 +4,7 @@ A request's seed and the token's position are all the randomness there is, so ne
 change a sample.  The work for random rows is skipped when every row is greedy.
 """
 
+import math
 from collections.abc import Callable
 
 import flax.struct
@@ -48,14 +49,13 @@ def sample(
     logits: Float[Array, "R V"], state: SamplingState, slots: Int32[Array, "R"], position: Int32[Array, "R"]
 ) -> Int32[Array, "R"]:
     """The next token of each row: `position` is the place it will take in its request."""
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    greedy = _first_index(logits == top)
+    top, greedy = _first_max(logits)
     temperature = state.temperature[slots]
 
     def draw() -> Int32[Array, "R"]:
         uniform = jax.vmap(_uniform)(state.seed[slots], position)
         scale = jnp.where(temperature > 0, temperature, 1.0)[:, None]
-        weights = jnp.exp((logits - top) / scale)
+        weights = jnp.exp((logits - top[:, None]) / scale)
         weights = _keep_top(weights, state.top_k[slots], state.top_p[slots])
         return jnp.where(temperature > 0, categorical(weights, uniform), greedy)
 
@@ -126,6 +126,17 @@ def _threshold(is_enough: Callable[[Float32[Array, "R 1"]], Bool[Array, "R"]], n
 
 def _uniform(seed: UInt32[Array, ""], position: Int32[Array, ""]) -> Float32[Array, ""]:
     return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
+
+
+def _first_max(logits: Float[Array, "R V"]) -> tuple[Float[Array, "R"], Int32[Array, "R"]]:
+    """Each row's maximum and its first place: in one pass over blocks of the vocabulary, then inside of one block."""
+    num_rows, vocab = logits.shape
+    blocks = logits.reshape(num_rows, -1, math.gcd(vocab, _BLOCK))
+    tops = jnp.max(blocks, axis=-1)
+    top = jnp.max(tops, axis=-1)
+    block = _first_index(tops == top[:, None])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return top, block * blocks.shape[2] + _first_index(inside == top[:, None])
 
 
 def _first_index(mask: Bool[Array, "R V"]) -> Int32[Array, "R"]:

@@ -35,7 +35,7 @@ from pallas_kernels.numba_ffi import Work, array, fetch_line
 LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 8
 ROWS = 12 if LANES == 16 else 6  # tokens of a tile: 24 of 32 registers hold sums, or 12 of 16
 TILE = 2 * LANES  # columns of a tile
-AHEAD = 2 * PANEL  # columns: with two threads the next panel of this one is the one after the next
+AHEAD = 2  # panels: with two threads the next panel of this one is the one after the next
 
 FLOAT = llvmlite.ir.FloatType()
 LANE = llvmlite.ir.VectorType(FLOAT, LANES)
@@ -99,28 +99,42 @@ def _turn_square(typing_context, source, source_stride, target, element_bytes):
 
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def _tiles(typing_context, x, x_stride, packed, width, out, out_stride, later, later_stride, pace, num_tokens):
-    """Products of `num_tokens` (a constant) tokens, whose activations stay near meanwhile, with the tiles of a packed panel."""
-    count = num_tokens
-    if not isinstance(count, numba.types.IntegerLiteral):
+def _tiles(typing_context, x, out, packed, width, later, element_bytes, num_tokens):
+    """Products of `num_tokens` (a constant) tokens, whose activations stay near meanwhile, with the tiles of a packed panel.
+
+    x, out: address and stride of the tokens' activations and results.
+    later: what is brought near meanwhile, PANEL elements a row: address, stride, and rows per packed row in 65536ths.
+    """
+    count, size = num_tokens, element_bytes
+    if not isinstance(count, numba.types.IntegerLiteral) or not isinstance(size, numba.types.IntegerLiteral):
         return None
+    lines_per_row = PANEL * size.literal_value // 64
+    lines_per_tile = max(lines_per_row * TILE // PANEL, 1)
 
     def generate(context, builder, signature, arguments):
         b = builder
-        x, x_stride, packed, width, out, out_stride, later, later_stride, pace = arguments[:9]
+        packed, width = arguments[2:4]
+        (x, x_stride), (out, out_stride), (later, later_stride, pace) = (
+            numba.core.cgutils.unpack_tuple(b, arguments[i]) for i in (0, 1, 4)
+        )
         tokens = [b.add(x, b.mul(x_stride, INT64(m))) for m in range(count.literal_value)]
         with numba.core.cgutils.for_range(b, INT64(PANEL // TILE)) as loop:
             weights = b.add(packed, b.mul(loop.index, b.mul(width, INT64(4 * TILE))))
             to = b.add(out, b.mul(loop.index, INT64(4 * TILE)))
-            fetched = b.add(later, b.mul(loop.index, INT64(4 * TILE)))
-            _tile(b, tokens, weights, width, to, out_stride, (fetched, later_stride, pace))
+            line = b.mul(loop.index, INT64(64 * (lines_per_row - lines_per_tile)))
+            _tile(b, tokens, weights, width, to, out_stride, (b.add(later, line), later_stride, pace), lines_per_tile)
         return context.get_dummy_value()
 
-    return numba.types.void(*(numba.types.int64,) * 9, count), generate
+    one, pair, triple = numba.types.int64, *(numba.types.UniTuple(numba.types.int64, n) for n in (2, 3))
+    return numba.types.void(pair, pair, one, one, triple, size, count), generate
 
 
-def _tile(b, tokens, packed, width, out, out_stride, fetched):
-    """Products of the activations at the addresses `tokens` with one packed tile of `width` rows."""
+def _tile(b, tokens, packed, width, out, out_stride, later, num_lines):
+    """Products of the activations at the addresses `tokens` with one packed tile of `width` rows.
+
+    later: as in `_tiles`; of each row `num_lines` lines of 64 bytes are brought near.
+    """
+    later, later_stride, pace = later
     name, fma_type = f"llvm.fma.v{LANES}f32", llvmlite.ir.FunctionType(LANE, (LANE,) * 3)
     fma = b.module.globals.get(name) or llvmlite.ir.Function(b.module, fma_type, name)
     sums = [[numba.core.cgutils.alloca_once(b, LANE) for _ in range(2)] for _ in tokens]
@@ -130,9 +144,9 @@ def _tile(b, tokens, packed, width, out, out_stride, fetched):
         row = b.add(packed, b.mul(loop.index, INT64(4 * TILE)))
         weights = [b.load(address(b, row, half * LANE_BYTES, LANE), align=LANE_BYTES) for half in range(2)]
         offset = b.mul(loop.index, INT64(4))
-        fetch_row = b.lshr(b.mul(loop.index, fetched[2]), INT64(16))
-        for line in range(0, 4 * TILE, 64):
-            fetch_line(b, b.add(b.add(fetched[0], INT64(line)), b.mul(fetch_row, fetched[1])))
+        fetched_row = b.add(later, b.mul(b.lshr(b.mul(loop.index, pace), INT64(16)), later_stride))
+        for line in range(num_lines):
+            fetch_line(b, b.add(fetched_row, INT64(64 * line)))
         for token, places in zip(tokens, sums, strict=True):
             one = b.load(address(b, token, offset, FLOAT), align=4)
             first = b.insert_element(llvmlite.ir.Constant(LANE, llvmlite.ir.Undefined), one, WORD(0))
@@ -160,43 +174,42 @@ def make_work(sources, element_bytes, is_transposed):
         packed = (buffer_.ctypes.data + 63) // 64 * 64
         # Rows of the later panel that each tile of tokens fetches, and that number per row of its own loop, in 65536ths.
         num_fetched = min(-(-width * ROWS // max(num_tokens, 1)), width)
-        pace, fetch_stride = 65536 * num_fetched // width, 0 if is_transposed else row_stride
+        pace = 65536 * num_fetched // width
+        # A panel of a transposed kernel is one piece of memory.
+        panel_stride = PANEL * (row_stride if is_transposed else element_bytes)
+        fetch_stride = PANEL * element_bytes if is_transposed else row_stride
         for panel in range(first, stop):
             out = job[OUT] + 4 * PANEL * panel
             clear_padding(out, out_stride, num_tokens, job[NUM_ROWS])
             if num_tokens == 0:
                 continue
+            source = kernel + panel_stride * panel
             if is_transposed:
-                source = kernel + row_stride * PANEL * panel
                 for group in range(PANEL // LANES):
                     target = packed + group // 2 * tile_bytes + group % 2 * LANE_BYTES
                     for k in range(0, width, LANES):
                         square = source + row_stride * LANES * group + element_bytes * k
                         _turn_square(square, row_stride, target + 4 * TILE * k, element_bytes)
             else:
-                source = kernel + element_bytes * PANEL * panel
                 for k in range(width):
                     _copy_row(source + k * row_stride, packed + 4 * TILE * k, tile_bytes, element_bytes)
             token = 0
             while token < num_tokens:
                 left = num_tokens - token
-                later = (
-                    source
-                    + AHEAD * element_bytes
-                    + fetch_stride * min(token * num_fetched // ROWS, width - num_fetched)
-                )
-                activations, sums = x + x_stride * token, out + out_stride * token
+                row = min(token * num_fetched // ROWS, width - num_fetched)
+                later = source + AHEAD * panel_stride + row * fetch_stride, fetch_stride, pace
+                activations, sums = (x + x_stride * token, x_stride), (out + out_stride * token, out_stride)
                 if left >= ROWS and left != ROWS + 2:
-                    _tiles(activations, x_stride, packed, width, sums, out_stride, later, fetch_stride, pace, ROWS)
+                    _tiles(activations, sums, packed, width, later, element_bytes, ROWS)
                     token += ROWS
                 elif left >= 4:
-                    _tiles(activations, x_stride, packed, width, sums, out_stride, later, fetch_stride, pace, 4)
+                    _tiles(activations, sums, packed, width, later, element_bytes, 4)
                     token += 4
                 elif left >= 2:
-                    _tiles(activations, x_stride, packed, width, sums, out_stride, later, fetch_stride, pace, 2)
+                    _tiles(activations, sums, packed, width, later, element_bytes, 2)
                     token += 2
                 else:
-                    _tiles(activations, x_stride, packed, width, sums, out_stride, later, fetch_stride, pace, 1)
+                    _tiles(activations, sums, packed, width, later, element_bytes, 1)
                     token += 1
         buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 

@@ -26,7 +26,7 @@ from pallas_kernels.numba_ffi import (
     register,
 )
 from pallas_kernels.paged_attention import numba_vectors
-from pallas_kernels.paged_attention.numba_vectors import MAX_SUMS, add_values, exponentiate, scores
+from pallas_kernels.paged_attention.numba_vectors import LANES, MAX_SUMS, add_values, exponentiate, scores
 
 ROWS_PER_TURN = 1
 
@@ -97,7 +97,7 @@ def _make_describe(sources):
 @typing.no_type_check
 def _make_rows(itemsize, head_dim, group, sources):
     """The work: `itemsize`, `head_dim` and `group` are constants to the compiler, all other sizes come with the call."""
-    num_keys = min(4, math.gcd(head_dim, 16), 1 << (max(1, MAX_SUMS // group).bit_length() - 1))  # a power of 2
+    num_keys = min(4, math.gcd(head_dim, LANES), 1 << (max(1, MAX_SUMS // group).bit_length() - 1))  # a power of 2
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
     def rows(job_at, first, stop):
@@ -113,7 +113,8 @@ def _make_rows(itemsize, head_dim, group, sources):
             stride = max(stride, np.int64(kv_lens[row]))
         weights = np.empty(num_heads * stride, np.float32)
         totals = np.empty(num_heads, np.float32)
-        block = page_size * head_dim * itemsize  # bytes of one KV head in a page
+        token_size = head_dim * itemsize  # bytes of one KV head of a token
+        block = page_size * token_size  # of one KV head in a page
         per_head = 4 * group * head_dim  # bytes of the queries, or of the sums, of one KV head
         for row in range(first, stop):
             acc = array(out_data + row * num_kv_heads * per_head, np.float32, num_heads * head_dim)
@@ -125,37 +126,31 @@ def _make_rows(itemsize, head_dim, group, sources):
             for j in range(num_used):
                 num_tokens = min(page_size, kv_len - j * page_size)
                 page = (layer_page + table[row * width + j]) * num_kv_heads * block
-                coming = (layer_page + table[row * width + min(j + 1, num_used - 1)]) * num_kv_heads * block
+                coming = v_data + (layer_page + table[row * width]) * num_kv_heads * block
+                if j + 1 < num_used:
+                    coming = k_data + (layer_page + table[row * width + j + 1]) * num_kv_heads * block
                 for k in range(num_kv_heads):
-                    prefetch(k_data + coming + k * block, block)
                     query = q_data + (row * num_kv_heads + k) * per_head
-                    keys = k_data + page + k * block
                     out = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
                     for s in range(0, num_tokens - num_keys + 1, num_keys):
-                        scores(
-                            query,
-                            keys + s * head_dim * itemsize,
-                            out + 4 * s,
-                            stride,
-                            num_keys,
-                            itemsize,
-                            head_dim,
-                            group,
-                        )
+                        place = k * block + s * token_size
+                        prefetch(coming + place, num_keys * token_size)
+                        keys = k_data + page + place
+                        scores(query, keys, out + 4 * s, stride, num_keys, itemsize, head_dim, group)
                     for s in range(num_tokens - num_tokens % num_keys, num_tokens):
-                        scores(query, keys + s * head_dim * itemsize, out + 4 * s, stride, 1, itemsize, head_dim, group)
+                        keys = k_data + page + k * block + s * token_size
+                        scores(query, keys, out + 4 * s, stride, 1, itemsize, head_dim, group)
             for m in range(num_heads):
                 totals[m] = exponentiate(array(weights.ctypes.data + 4 * m * stride, np.float32, kv_len), kv_len)
             for j in range(num_used):
                 num_tokens = min(page_size, kv_len - j * page_size)
                 page = (layer_page + table[row * width + j]) * num_kv_heads * block
-                coming = (layer_page + table[row * width + min(j + 1, num_used - 1)]) * num_kv_heads * block
+                coming = v_data + (layer_page + table[row * width + min(j + 1, num_used - 1)]) * num_kv_heads * block
                 for k in range(num_kv_heads):
-                    prefetch(v_data + coming + k * block, block)
                     of_page = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
                     sums = out_data + (row * num_kv_heads + k) * per_head
                     values = v_data + page + k * block
-                    add_values(of_page, stride, values, num_tokens, sums, itemsize, head_dim, group)
+                    add_values(of_page, stride, values, num_tokens, coming + k * block, sums, itemsize, head_dim, group)
             for m in range(num_heads):
                 for d in range(head_dim):
                     acc[m * head_dim + d] /= totals[m]

@@ -6,14 +6,19 @@ numba alone keeps too little in registers, so the inner tiles are written as LLV
 import math
 import typing
 
+import llvmlite.binding
 import llvmlite.ir
 import numba
 import numba.core.cgutils
 import numba.extending
 import numpy as np
 
+from pallas_kernels.numba_ffi import fetch_line
+
 FLOAT, INT64 = llvmlite.ir.FloatType(), llvmlite.ir.IntType(64)
-MAX_SUMS = 16  # vectors that a tile of products adds up in registers
+HAS_WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
+LANES = 16 if HAS_WIDE else 8
+MAX_SUMS = 16 if HAS_WIDE else 12  # vectors that a tile of products adds up, of 32 or 16 registers
 
 
 @numba.njit(forceinline=True)
@@ -61,7 +66,7 @@ class _Emitter:
     def __init__(self, builder, itemsize, head_dim):
         self.builder = builder
         self.is_bits = itemsize == 2  # of bfloat16; else float32
-        self.lanes = math.gcd(head_dim, 16)
+        self.lanes = math.gcd(head_dim, LANES)
         self.floats = llvmlite.ir.VectorType(FLOAT, self.lanes)
 
     def at(self, address, offset, itemsize, element):
@@ -145,14 +150,17 @@ def scores(typing_context, query, keys, out, stride, num_keys, itemsize, head_di
 
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def add_values(typing_context, weights, stride, values, num_values, acc, itemsize, head_dim, group):
-    """acc[g] += sum_s weights[g, s] values[s]; rows of weights lie `stride` apart.  The last three are constants."""
+def add_values(typing_context, weights, stride, values, num_values, coming, acc, itemsize, head_dim, group):
+    """acc[g] += sum_s weights[g, s] values[s]; rows of weights lie `stride` apart.  The last three are constants.
+
+    Meanwhile the values from `coming` on, as many, are brought near.
+    """
     shape = (itemsize, head_dim, group)
     if not all(isinstance(number, numba.types.IntegerLiteral) for number in shape):
         return None
 
     def generate(context, builder, signature, arguments):
-        weights, stride, values, num_values, acc = arguments[:5]
+        weights, stride, values, num_values, coming, acc = arguments[:6]
         itemsize, head_dim, group = (number.literal_value for number in shape)
         e = _Emitter(builder, itemsize, head_dim)
         width = e.lanes * max(1, MAX_SUMS // group)
@@ -166,6 +174,9 @@ def add_values(typing_context, weights, stride, values, num_values, acc, itemsiz
                 s = loop.index
                 weight = [e.splat(weights, builder.add(builder.mul(stride, INT64(g)), s)) for g in range(group)]
                 row = builder.mul(s, INT64(head_dim))
+                later = builder.add(coming, builder.mul(row, INT64(itemsize)))
+                for line in range(first * itemsize, min(first + width, head_dim) * itemsize, 64):
+                    fetch_line(builder, builder.add(later, INT64(line)))
                 for d in sorted({d for _, d in places}):
                     vector = e.load_page(values, builder.add(row, INT64(d)))
                     for g in range(group):
@@ -175,4 +186,4 @@ def add_values(typing_context, weights, stride, values, num_values, acc, itemsiz
                 e.store(builder.load(sums[g, d]), acc, g * head_dim + d)
         return context.get_dummy_value()
 
-    return numba.types.void(*(numba.types.int64,) * 5, *shape), generate
+    return numba.types.void(*(numba.types.int64,) * 6, *shape), generate

@@ -129,18 +129,22 @@ def admit(config: EngineConfig, policy: Policy, state: SchedulerState, pool: Pag
         is_open &= ~jnp.any(state.active)
     priority = policy.priority(state)
 
-    def join_head(active: Bool[Array, "S"]) -> tuple[Bool[Array, "S"], Bool[Array, ""]]:
+    def is_waiting(active: Bool[Array, "S"]) -> Bool[Array, ""]:
+        return jnp.any(state.resident & ~active)
+
+    def try_head(carry: tuple[Bool[Array, "S"], Bool[Array, ""]]) -> tuple[Bool[Array, "S"], Bool[Array, ""]]:
+        active, _ = carry
         waiting = state.resident & ~active
         best = jnp.min(jnp.where(waiting, priority, _LAST))
         first = jnp.argmin(jnp.where(waiting & (priority == best), state.arrival, _LAST))
-        joined = active | ((jnp.arange(active.shape[0]) == first) & waiting)
-        fits = policy.forecast(state, joined, config.page_size) <= config.num_pages
-        return joined, jnp.any(waiting) & (fits | ~jnp.any(active))
+        joined = active.at[first].set(True)
+        fits = (policy.forecast(state, joined, config.page_size) <= config.num_pages) | ~jnp.any(active)
+        active = jnp.where(fits, joined, active)
+        return active, fits & is_waiting(active)
 
     # No `cond` around the loop: XLA 0.11 runs a loop inside a condition of one CUDA graph wrongly (nobody was ever admitted).
-    joined, fits = join_head(state.active)
-    carry = (state.active, joined, fits & is_open)
-    active = jax.lax.while_loop(lambda c: c[2], lambda c: (c[1], *join_head(c[1])), carry)[0]
+    carry = (state.active, is_open & is_waiting(state.active))
+    active, _ = jax.lax.while_loop(lambda carry: carry[1], try_head, carry)
     return dataclasses.replace(state, active=active)
 
 

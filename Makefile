@@ -23,7 +23,7 @@ test: $(VENV)/test.done
 # Compiles for GPUs that are not there and reads the code; in an environment of its own, which needs 1.2 GB more.
 # Without the run-time type checks: to these a state of mere shapes is none, and they hide a Triton kernel's globals.
 test-gpu-compile: $(GPU_COMPILE)/gpu-compile.done
-	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(GPU_COMPILE)/bin/python -m pytest -o addopts=-q -n 2 --dist loadgroup -m gpu_compile \
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(GPU_COMPILE)/bin/python -m pytest -o addopts=-q -n 2 --dist loadfile -m gpu_compile \
 		$(PYTEST_ARGS)
 
 # Measures one NVIDIA GPU in at most 9 minutes, with the Python environment that is there (PYTHON), needing no network:

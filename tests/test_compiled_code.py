@@ -192,9 +192,6 @@ def test_the_products_of_a_pipeline_are_counted_by_shape():
     assert gpu_steps.matmuls(model, library.PIPELINES["llama_8b"](1024, False, 1)) == wanted
 
 
-one_divided_step = pytest.mark.xdist_group("one divided step of LLaMA-3-8B")
-
-
 @functools.cache
 def llama_8b_step(num_tokens, overlap):
     """Two layers of LLaMA-3-8B at full width."""
@@ -207,9 +204,7 @@ def llama_8b_step(num_tokens, overlap):
 
 @gpu_compile
 @needs_plugin
-@pytest.mark.parametrize(
-    ("num_tokens", "overlap"), [pytest.param(1024, "sm_exclusive", marks=one_divided_step), (2048, "xla")]
-)
+@pytest.mark.parametrize(("num_tokens", "overlap"), [(1024, "sm_exclusive"), (2048, "xla")])
 def test_a_llama_8b_step_is_one_graph_that_overlaps_nano_batches_and_updates_the_cache_in_place(num_tokens, overlap):
     step = llama_8b_step(num_tokens, overlap)
     code = step.code
@@ -230,7 +225,6 @@ def test_a_llama_8b_step_is_one_graph_that_overlaps_nano_batches_and_updates_the
 
 @gpu_compile
 @needs_plugin
-@one_divided_step
 def test_shares_become_ctas_that_have_the_device_to_themselves():
     """Products and decode attention side by side, one CTA a core."""
     step = llama_8b_step(1024, "sm_exclusive")

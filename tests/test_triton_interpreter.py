@@ -16,7 +16,6 @@ from pallas_kernels.paged_attention import api
 
 pytestmark = [
     pytest.mark.gpu_compile,
-    pytest.mark.xdist_group("one run of the interpreter"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: make test-gpu-compile"),
 ]
 ROOT = pathlib.Path(__file__).parents[1]

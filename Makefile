@@ -20,11 +20,13 @@ run: $(VENV)/run.done
 test: $(VENV)/test.done
 	$(VENV)/bin/python -m pytest -n auto $(PYTEST_ARGS)
 
+SLOWEST_FIRST := tests/test_triton_interpreter.py tests/test_compiled_code.py tests/test_gpu_compile_experiment.py
+
 # Compiles for GPUs that are not there and reads the code; in an environment of its own, which needs 1.2 GB more.
 # Without the run-time type checks: to these a state of mere shapes is none, and they hide a Triton kernel's globals.
 test-gpu-compile: $(GPU_COMPILE)/gpu-compile.done
-	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(GPU_COMPILE)/bin/python -m pytest -o addopts=-q -n 2 --dist loadfile -m gpu_compile \
-		$(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(GPU_COMPILE)/bin/python -m pytest -o addopts=-q -n 2 --dist loadfile \
+		--no-loadscope-reorder -m gpu_compile $(SLOWEST_FIRST) tests $(PYTEST_ARGS)
 
 # Measures one NVIDIA GPU in at most 9 minutes, with the Python environment that is there (PYTHON), needing no network:
 # WHEELS names a folder of wheels to use besides, OUT one for the report, ARGS more flags.

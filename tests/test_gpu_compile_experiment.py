@@ -58,7 +58,7 @@ def test_the_smoke_run_writes_a_record(tmp_path, capsys):
 
 @pytest.mark.gpu_compile
 @needs_plugin
-def test_collectives_of_eight_gpus_run_beside_matmuls():
+def test_collectives_of_eight_gpus_run_beside_matmuls_and_attention():
     """Two layers of LLaMA-3-70B at full width, on 8 H200."""
     model = dataclasses.replace(PRESETS["llama-3-70b"], num_layers=2)
     pipeline = library.PIPELINES["llama_70b_figure6"](2048, False, 8)
@@ -69,6 +69,7 @@ def test_collectives_of_eight_gpus_run_beside_matmuls():
     assert found["collectives"] == 2 * 6 + 1, "of each layer, and of the logits"
     # The last layer's second halves and the logits have nothing to run beside.
     assert found["collectives_beside_matmuls"] >= 2 * 6 - 2
+    assert found["collectives_beside_attention"] == 2, "the gathering of each layer's first attention"
     assert found["collectives_async"] >= 4
     assert (found["kv_copies"], found["merged_matmuls"]) == (0, 0)
     assert (found["cuda_graphs"], found["launches_outside_graphs"]) == (1, 0)

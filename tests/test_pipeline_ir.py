@@ -90,7 +90,7 @@ DEFECTS = {
     ),
     "no dependency on the collective between layers": (
         change(RELEASED, "KQV3", carried_deps=(19,)),
-        "node 6 (KQV on tokens 640..1408) reads what node 20 (D.AR on tokens 640..1408) writes",
+        "node 5 (KQV on tokens 640..1408) reads what node 20 (D.AR on tokens 640..1408) writes",
     ),
     "keys of another nano-batch": (
         change(SPLIT, "PfAttn2", deps=(1,)),
@@ -124,7 +124,7 @@ DEFECTS = {
     "gather without the gather before O": (without(TWO_GATHERS, "Attn.AG2"), "tokens 6..16 are in no Attn.AG node"),
     "reduce with a gather before O": (
         change(RELEASED, "Attn.AG", nano_batch=RELEASED.nano_batches.index(NanoBatch(640, 2048))),
-        "node 5 (Attn.AG on tokens 640..2048) has tokens 640..2048, on which Attn.AG has nothing to do",
+        "node 7 (Attn.AG on tokens 640..2048) has tokens 640..2048, on which Attn.AG has nothing to do",
     ),
     "down projection without its reduce": (without(RELEASED, "D.AR3"), "tokens 1408..2048 are in no D.AR node"),
     "cycle": (
@@ -185,7 +185,7 @@ def test_shares_of_three_that_start_together_are_added_up():
 
 def test_the_number_of_devices_decides_on_collectives():
     with pytest.raises(
-        ValueError, match=r"one device, but has collectives: node 5 \(Attn.AG on tokens 0..640\), node 12"
+        ValueError, match=r"one device, but has collectives: node 7 \(Attn.AG on tokens 0..640\), node 12"
     ):
         validate(RELEASED, num_devices=1)
     with pytest.raises(ValueError, match="it has no collectives, but is to run on 8 devices"):

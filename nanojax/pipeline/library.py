@@ -212,9 +212,9 @@ def _three_streams(name: str, num_tokens: int, sizes: Sequence[int], has_network
         for part in parts[k]:
             compute(OpKind.KQV, part, KQV_SHARE)
             rows.append(_Row(OpKind.DEC_ATTN, part, MEMORY_STREAM, DECODE_SHARE))
+            if part is parts[1][0]:  # launched together with the decode attention that it runs beside
+                network(OpKind.ATTN_AG, one, ATTN_AG_SHARE)
         compute(OpKind.PF_ATTN, tokens, PREFILL_SHARES[k])
-        if k == 0:
-            network(OpKind.ATTN_AG, tokens, ATTN_AG_SHARE)
     for k, (tokens, op) in enumerate(((one, OpKind.O_AG), (two, OpKind.O_AR))):
         compute(OpKind.O, tokens, O_SHARES[k])
         network(op, tokens, O_COLLECTIVE_SHARES[k])

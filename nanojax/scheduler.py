@@ -165,7 +165,8 @@ def plan(
     is_chunk = todo > 1
     late_phase = is_chunk if policy.phase_order is PhaseOrder.DECODE_FIRST else ~is_chunk
     rank = jnp.where(todo == 0, 2, late_phase)
-    order = jnp.lexsort((state.arrival, policy.priority(state), rank)).astype(jnp.int32)
+    keys = (rank, policy.priority(state), state.arrival, jnp.arange(todo.shape[0], dtype=jnp.int32))
+    *_, order = jax.lax.sort(keys, num_keys=4, is_stable=False)
 
     todo = todo[order]
     room = jnp.where(todo > 0, (pool.num_pages * page_size - state.num_computed)[order], 0)  # else the slot is stale

@@ -160,9 +160,9 @@ def measure_peak_flops(
 ) -> Measurement:
     """FLOP/s (2 per multiply-add) of the best of some square matmuls: the "measured peak" of the paper's Eq. 5.
 
-    By XLA, and by the product that the model runs on this device.  Operands in `dtype`, float32 accumulation and result, as there.  `sizes` defaults to 1024, 1536, 2048 on a
-    CPU and 4096, 8192 elsewhere; repeats are interleaved over the sizes, since shared machines drift.  Takes about
-    8 s on two CPU cores.  Raises ValueError unless `num_repeats >= 1` and all sizes are positive.
+    By XLA, and on a CPU by the product that the model runs there.  Operands in `dtype`, float32 accumulation and result, as in the
+    model.  `sizes` defaults to 1024, 1536, 2048 on a CPU and 4096, 8192 elsewhere; repeats are interleaved over the sizes, since
+    shared machines drift.  Takes about 8 s on two CPU cores.  Raises ValueError unless `num_repeats >= 1` and all sizes are positive.
     """
     is_cpu = jax.default_backend() == "cpu"
     sizes = ((1024, 1536, 2048) if is_cpu else (4096, 8192)) if sizes is None else tuple(sizes)

@@ -15,7 +15,11 @@ import numba
 import numba.extending
 import numpy as np
 
+from pallas_kernels.device import cpu_has
+
 INT64 = llvmlite.ir.IntType(64)
+LANES = 16 if cpu_has("avx512f") else 8
+"""Float32 values in a vector register; there are 32 registers of 16, or 16 of 8."""
 
 FRAME_EXTENSION, FRAME_API, FRAME_CONTEXT, FRAME_STAGE, FRAME_ARGS, FRAME_RETS, FRAME_ATTRS, FRAME_SIZE = (
     1, 2, 3, 4, 9, 14, 20, 21,

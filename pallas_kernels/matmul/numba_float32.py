@@ -8,7 +8,6 @@ embeddings does, is turned on its way into the buffer, in squares of one vector'
 import itertools
 import typing
 
-import llvmlite.binding
 import llvmlite.ir
 import numba
 import numba.core.cgutils
@@ -30,9 +29,8 @@ from pallas_kernels.matmul.panels import (
     address,
     clear_padding,
 )
-from pallas_kernels.numba_ffi import Work, array, fetch_line
+from pallas_kernels.numba_ffi import LANES, Work, array, fetch_line
 
-LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 8
 ROWS = 12 if LANES == 16 else 6  # tokens of a tile: 24 of 32 registers hold sums, or 12 of 16
 TILE = 2 * LANES  # columns of a tile
 AHEAD = 2  # panels: with two threads the next panel of this one is the one after the next

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.numba_ffi import (
     FRAME_SIZE,
+    LANES,
     Describe,
     Work,
     array,
@@ -26,7 +27,7 @@ from pallas_kernels.numba_ffi import (
     register,
 )
 from pallas_kernels.paged_attention import numba_vectors
-from pallas_kernels.paged_attention.numba_vectors import LANES, MAX_SUMS, add_values, exponentiate, scores
+from pallas_kernels.paged_attention.numba_vectors import MAX_SUMS, add_values, exponentiate, scores
 
 ROWS_PER_TURN = 1
 

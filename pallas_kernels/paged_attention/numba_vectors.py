@@ -6,19 +6,16 @@ numba alone keeps too little in registers, so the inner tiles are written as LLV
 import math
 import typing
 
-import llvmlite.binding
 import llvmlite.ir
 import numba
 import numba.core.cgutils
 import numba.extending
 import numpy as np
 
-from pallas_kernels.numba_ffi import fetch_line
+from pallas_kernels.numba_ffi import LANES, fetch_line
 
 FLOAT, INT64 = llvmlite.ir.FloatType(), llvmlite.ir.IntType(64)
-HAS_WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
-LANES = 16 if HAS_WIDE else 8
-MAX_SUMS = 16 if HAS_WIDE else 12  # vectors that a tile of products adds up, of 32 or 16 registers
+MAX_SUMS = 16 if LANES == 16 else 12  # vectors that a tile of products adds up, of 32 or 16 registers
 
 
 @numba.njit(forceinline=True)

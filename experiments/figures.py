@@ -309,9 +309,11 @@ def _label_y(axes: Axes, y_label: str) -> None:
 
 
 def _legend(axes: Axes, handles: Sequence[Artist]) -> None:
+    """Above the panel, in at most 4 columns, as many as the figure is wide enough for."""
+    widest_inches = 0.55 + 0.07 * max(len(str(handle.get_label())) for handle in handles)
+    num_columns = max(1, min(len(handles), 4, int(axes.get_figure(root=True).get_figwidth() / widest_inches)))  # pyright: ignore[reportOptionalMemberAccess]
     axes.legend(
-        handles=list(handles), loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(handles), 4), borderaxespad=0.2,
-        fontsize=9,
+        handles=list(handles), loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=num_columns, borderaxespad=0.2, fontsize=9
     )  # fmt: skip
 
 

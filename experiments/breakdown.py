@@ -7,7 +7,7 @@ on that rung had on average, prompts of the mean length, contexts of one length.
     dense       embedding, norms, projections, rotation, feed-forward, logits: all layers, attention's place left out
     attention   `paged_attention` of all layers over the pages in use
     kv_write    storing keys and values of all layers
-    sampling    the next token (and log-probability) of each row
+    sampling    the next token of each row
     scheduling  admit, plan, pages, pack, commit
     step_rest   the whole step, timed in the same way, less the parts: what the parts alone do not show
     host        the run's wall time less its steps: launching, reading reports, text, waiting for one another
@@ -32,7 +32,7 @@ from nanojax import batch as batches
 from nanojax import engine as core
 from nanojax import kv_cache, sampling, scheduler
 from nanojax.batch import RaggedBatch
-from nanojax.config import EngineConfig, ModelConfig
+from nanojax.config import EngineConfig, ModelConfig, SamplingParts
 from nanojax.engine import EngineState
 from nanojax.metrics import StepRecord
 from nanojax.models import decoder
@@ -160,7 +160,7 @@ def _time_parts(
     dense = jax.jit(functools.partial(_dense, model))
     attend = jax.jit(functools.partial(_attend, model, values.attention))
     write = jax.jit(functools.partial(_write, model), donate_argnums=0)
-    sample = jax.jit(_sample)
+    sample = jax.jit(functools.partial(_sample, config.sampling))
 
     def run_write(_: EngineState) -> jax.Array:
         nonlocal kv
@@ -222,9 +222,8 @@ def _write(model: ModelConfig, kv: kv_cache.KVPages, keys, packed: RaggedBatch) 
     return kv
 
 
-def _sample(logits, how: sampling.SamplingState, slots, num_tokens):
-    token = sampling.sample(logits, how, slots, num_tokens[slots])
-    return token, sampling.logprob(logits, token, how.wants_logprob[slots])
+def _sample(parts: SamplingParts, logits, how: sampling.SamplingState, slots, num_tokens):
+    return sampling.sample(logits, how, slots, num_tokens[slots], parts)
 
 
 def _padded(size: int, numbers: Sequence[int]) -> jax.Array:

@@ -15,6 +15,7 @@ from absl import flags
 
 from experiments import request_lines, serving, serving_flags, summary
 from experiments.record import make_record, write_record
+from nanojax.config import SamplingParts
 from nanojax.metrics import summarize
 from nanojax.serve import Engine, Event
 from nanojax.weights import LoadedModel
@@ -39,7 +40,7 @@ def run(values: flags.FlagValues) -> None:
             raise ValueError("give either --prompt or --requests")
         data = b"" if values.requests is None else pathlib.Path(values.requests).read_bytes()
         loaded = serving.load(values)
-        engine = serving.engine(values, loaded)
+        engine = serving.engine(values, loaded, SamplingParts() if values.prompt is None else None)
         if values.prompt is not None:
             request = _request(values, loaded)
             engine.check(request)

@@ -1,4 +1,7 @@
-"""Which whole steps are compiled for GPUs that are not there?  One iteration of continuous batching, at full size, as shapes."""
+"""Which whole steps are compiled for GPUs that are not there?  One iteration of continuous batching, at full size, as shapes.
+
+Of greedy requests, as the measurements serve them.
+"""
 
 import collections
 import dataclasses
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 from experiments.compiled_code import CompiledCode, Target, compile_for
 from nanojax import engine, scheduler
 from nanojax.admission import make_forecast
-from nanojax.config import EngineConfig, ModelConfig
+from nanojax.config import EngineConfig, ModelConfig, SamplingParts
 from nanojax.models import decoder
 from nanojax.pipeline import execute
 from nanojax.pipeline.compiler_options import Graphs
@@ -90,7 +93,7 @@ def compile_step(
     num_slots: int = 1024,
     attention: str | None = None,
     overlap: str = "xla",
-    graphs: Graphs = Graphs.ONE,
+    graphs: Graphs = Graphs.SOME,
 ) -> Step:
     """`engine.step` on batches of the pipeline's size, weights and pages bfloat16, on the streams that the pipeline names.
 
@@ -101,6 +104,7 @@ def compile_step(
     config = EngineConfig(
         token_budgets=(pipeline.num_tokens,), num_slots=num_slots, page_size=page_size, max_len=2048,
         num_pages=math.ceil(kv_bytes / (2 * model.kv_values_per_token * page_size)),
+        sampling=SamplingParts(random=False, top=False, logprobs=False),
     )  # fmt: skip
     mesh = gpu.mesh(num_devices)
     params: Any = decoder.abstract_params(model, jnp.bfloat16)

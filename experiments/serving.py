@@ -14,7 +14,7 @@ from experiments import rungs, serving_flags
 from experiments.prompts import load_prompts
 from nanojax import scheduler, workload
 from nanojax.admission import make_forecast
-from nanojax.config import PRESETS, EngineConfig, ModelConfig
+from nanojax.config import PRESETS, EngineConfig, ModelConfig, SamplingParts
 from nanojax.models import decoder
 from nanojax.pipeline import execute
 from nanojax.pipeline.compiler_options import Graphs
@@ -82,10 +82,14 @@ def engine_config(values: flags.FlagValues, loaded: LoadedModel) -> EngineConfig
     return serving_flags.engine_config(values, loaded.config.max_len)
 
 
-def engine(values: flags.FlagValues, loaded: LoadedModel) -> Engine:
-    """An engine, not compiled yet (`Engine.warm_up`).  Raises ValueError when capacities do not suit the model."""
+def engine(values: flags.FlagValues, loaded: LoadedModel, sampling: SamplingParts | None = None) -> Engine:
+    """An engine, not compiled yet (`Engine.warm_up`).  Raises ValueError when capacities do not suit the model.
+
+    sampling: what requests may ask for, if it is not what the flags say.
+    """
+    config = engine_config(values, loaded)
     return Engine(
-        engine_config(values, loaded),
+        config if sampling is None else dataclasses.replace(config, sampling=sampling),
         loaded.config,
         loaded.params,
         policy=policy(values),
@@ -134,6 +138,7 @@ def describe(values: flags.FlagValues, loaded: LoadedModel) -> dict[str, Any]:
     shown = {name: _without_folder(values[name].value) for name in names}
     config = engine_config(values, loaded)
     capacities = dataclasses.asdict(config) | {"token_budgets": list(config.token_budgets)}
+    del capacities["sampling"]  # the requests' temperature says it
     model = {
         "model": loaded.config.name,
         "num_params": loaded.config.num_params,

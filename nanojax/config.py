@@ -71,6 +71,18 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SamplingParts:
+    """What requests may ask of sampling.  A step does nothing for what none may ask for.
+
+    random: a temperature above 0.    top: top-k or top-p.    logprobs: log-probabilities of the tokens.
+    """
+
+    random: bool = True
+    top: bool = True
+    logprobs: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Capacities of the engine.  Every field is a compile-time constant.
 
@@ -78,7 +90,7 @@ class EngineConfig:
     num_slots: requests that are resident at once (running, or waiting with their prompt already on the device).
     page_size: tokens per KV page.    num_pages: pages in the pool.
     max_len: longest prompt + output of a request, in tokens.
-    max_stop_tokens: stop tokens that a request can name.
+    max_stop_tokens: stop tokens that a request can name.    sampling: what else it can ask for.
     """
 
     token_budgets: tuple[int, ...] = (16, 64, 256)
@@ -87,6 +99,7 @@ class EngineConfig:
     num_pages: int = 2048
     max_len: int = 2048
     max_stop_tokens: int = 8
+    sampling: SamplingParts = SamplingParts()
 
     def __post_init__(self) -> None:
         if (

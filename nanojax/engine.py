@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from nanojax import batch, kv_cache, sampling, scheduler
 from nanojax.array_types import Array, Bool, Float32, Int32, Params, UInt32
 from nanojax.batch import RaggedBatch
-from nanojax.config import EngineConfig, ModelConfig
+from nanojax.config import EngineConfig, ModelConfig, SamplingParts
 from nanojax.kv_cache import KVPages, PagePool
 from nanojax.sampling import NO_TOKEN, SamplingState
 from nanojax.scheduler import Policy, SchedulerState, StepPlan
@@ -166,7 +166,7 @@ def step(
     admitted, step_plan, pool, packed = schedule(config, policy, token_budget, state)
     is_sampled = scheduler.samples(admitted, step_plan)
     logits, kv = forward(params, state.kv, packed)
-    token, logprob = _sample(state.sampling, packed, logits, is_sampled, admitted.num_tokens)
+    token, logprob = _sample(config.sampling, state.sampling, packed, logits, is_sampled, admitted.num_tokens)
 
     is_stop = jnp.any(token[:, None] == state.sampling.stop_tokens, axis=1)
     is_full = admitted.num_tokens + 1 >= admitted.max_tokens
@@ -249,6 +249,7 @@ def _blank_reports(num_steps: int, num_slots: int) -> StepReport:
 
 
 def _sample(
+    parts: SamplingParts,
     state: SamplingState,
     packed: RaggedBatch,
     logits: Float32[Array, "R V"],
@@ -258,8 +259,9 @@ def _sample(
     """The new token and its log-probability by slot; `NO_TOKEN` and 0 for slots that are not sampled."""
     slots = packed.row_slots
     how = dataclasses.replace(state, temperature=jnp.where(is_sampled, state.temperature, 0.0))
-    token = sampling.sample(logits, how, slots, num_tokens[slots])
-    logprob = sampling.logprob(logits, token, (state.wants_logprob & is_sampled)[slots])
+    token = sampling.sample(logits, how, slots, num_tokens[slots], parts)
+    wanted = (state.wants_logprob & is_sampled)[slots]
+    logprob = sampling.logprob(logits, token, wanted) if parts.logprobs else jnp.zeros(token.shape, jnp.float32)
     none = jnp.full(is_sampled.shape, NO_TOKEN, jnp.int32)
     return (
         jnp.where(is_sampled, none.at[slots].set(token), NO_TOKEN),

@@ -51,6 +51,13 @@ def check(
             f"{who}: {len(stop_tokens)} stop tokens (end-of-sequence included) exceed "
             f"max_stop_tokens={config.max_stop_tokens}"
         )
+    asked = {
+        "random": ("temperature", how.temperature > 0), "top": ("top_k or top_p", how.top_k > 0 or how.top_p < 1),
+        "logprobs": ("logprobs", how.logprobs),
+    }  # fmt: skip
+    for part, (what, is_asked) in asked.items():
+        if is_asked and not getattr(config.sampling, part):
+            raise ValueError(f"{who}: asks for {what}, which this engine was not made for: sampling={config.sampling}")
     if how.stop and not can_decode:
         raise ValueError(f"{who}: stop strings {how.stop} need a tokenizer")
 

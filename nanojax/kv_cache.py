@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from nanojax.array_types import Array, Bool, Float, Int32, UInt16
 from nanojax.config import EngineConfig, ModelConfig
+from nanojax.control import skip_unless
 
 
 @flax.struct.dataclass
@@ -101,7 +102,7 @@ def share(pool: PagePool, source: Int32[Array, ""], target: Int32[Array, ""], co
 
 def release(pool: PagePool, mask: Bool[Array, "S"]) -> PagePool:
     """Takes all pages from the masked slots; a page that nobody holds any more is free again."""
-    return jax.lax.cond(jnp.any(mask), lambda: _release(pool, mask), lambda: pool)
+    return skip_unless(jnp.any(mask), lambda: _release(pool, mask), lambda: pool)
 
 
 def _release(pool: PagePool, mask: Bool[Array, "S"]) -> PagePool:

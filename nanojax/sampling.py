@@ -1,7 +1,8 @@
 """Which token comes next?  Per-request temperature, top-k, top-p and seed; all rows at once, without sorting the vocabulary.
 
 A request's seed and the token's position are all the randomness there is, so neighbours, batch shape and schedule cannot
-change a sample.  The work for random rows is skipped when every row is greedy.
+change a sample.  A step that was compiled for greedy rows alone has no work for random ones; on a CPU the work is
+skipped when every row is greedy.
 """
 
 import math
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from nanojax.array_types import Array, Bool, Float, Float32, Int32, UInt32
+from nanojax.config import SamplingParts
+from nanojax.control import skip_unless
 
 
 @flax.struct.dataclass
@@ -30,6 +33,8 @@ class SamplingState:
 NO_TOKEN = -1
 """Stands where no token is: in stop lists, and in a step's report for a slot that sampled nothing."""
 
+ALL_PARTS = SamplingParts()
+
 _BLOCK = 256
 
 
@@ -46,30 +51,40 @@ def init(num_slots: int, max_stop_tokens: int) -> SamplingState:
 
 
 def sample(
-    logits: Float[Array, "R V"], state: SamplingState, slots: Int32[Array, "R"], position: Int32[Array, "R"]
+    logits: Float[Array, "R V"],
+    state: SamplingState,
+    slots: Int32[Array, "R"],
+    position: Int32[Array, "R"],
+    parts: SamplingParts = ALL_PARTS,
 ) -> Int32[Array, "R"]:
-    """The next token of each row: `position` is the place it will take in its request."""
+    """The next token of each row: `position` is the place it will take in its request.
+
+    The caller guarantees that no row asks for more than `parts`.
+    """
     top, greedy = _first_max(logits)
+    if not parts.random:
+        return greedy
     temperature = state.temperature[slots]
 
     def draw() -> Int32[Array, "R"]:
         uniform = jax.vmap(_uniform)(state.seed[slots], position)
         scale = jnp.where(temperature > 0, temperature, 1.0)[:, None]
         weights = jnp.exp((logits - top[:, None]) / scale)
-        weights = _keep_top(weights, state.top_k[slots], state.top_p[slots])
+        if parts.top:
+            weights = _keep_top(weights, state.top_k[slots], state.top_p[slots])
         return jnp.where(temperature > 0, categorical(weights, uniform), greedy)
 
-    return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+    return skip_unless(jnp.any(temperature > 0), draw, lambda: greedy)
 
 
 def logprob(logits: Float[Array, "R V"], tokens: Int32[Array, "R"], is_wanted: Bool[Array, "R"]) -> Float32[Array, "R"]:
-    """Log-probability of `tokens` under the model itself (no temperature, no cuts); 0 for all when no row wants it."""
+    """Log-probability of `tokens` under the model itself (no temperature, no cuts); 0 where it is not wanted."""
 
     def compute() -> Float32[Array, "R"]:
         chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        return jnp.where(is_wanted, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
-    return jax.lax.cond(jnp.any(is_wanted), compute, lambda: jnp.zeros(tokens.shape, jnp.float32))
+    return skip_unless(jnp.any(is_wanted), compute, lambda: jnp.zeros(tokens.shape, jnp.float32))
 
 
 def categorical(weights: Float[Array, "R V"], uniform: Float32[Array, "R"]) -> Int32[Array, "R"]:
@@ -98,7 +113,7 @@ def _keep_top(
         bar = _threshold(lambda bar: jnp.sum(weights >= bar, axis=-1, dtype=jnp.float32) >= count, weights.shape[0])
         return jnp.where(weights >= bar[:, None], weights, 0.0)
 
-    weights = jax.lax.cond(jnp.any(top_k > 0), cut_k, lambda: weights)
+    weights = skip_unless(jnp.any(top_k > 0), cut_k, lambda: weights)
 
     def cut_p() -> Float[Array, "R V"]:
         mass = jnp.where(top_p < 1, top_p, 2.0) * jnp.sum(weights, axis=-1)
@@ -107,7 +122,7 @@ def _keep_top(
         )
         return jnp.where(weights >= bar[:, None], weights, 0.0)
 
-    return jax.lax.cond(jnp.any(top_p < 1), cut_p, lambda: weights)
+    return skip_unless(jnp.any(top_p < 1), cut_p, lambda: weights)
 
 
 def _threshold(is_enough: Callable[[Float32[Array, "R 1"]], Bool[Array, "R"]], num_rows: int) -> Float32[Array, "R"]:

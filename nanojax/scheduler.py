@@ -7,6 +7,8 @@ active; only active requests hold pages.  Admission asks a forecast (`nanojax.ad
 
 import dataclasses
 import enum
+import functools
+import math
 from collections.abc import Callable
 
 import flax.struct
@@ -53,7 +55,7 @@ class StepPlan:
 
 
 Forecast = Callable[[SchedulerState, Bool[Array, "S"], int], Int32[Array, ""]]
-"""`forecast(state, active, page_size)`: pages that the `active` requests will need at their peak."""
+"""`forecast(state, active, page_size)`: pages that the `active` requests will need at their peak; never fewer for more of them."""
 
 PriorityFn = Callable[[SchedulerState], Int32[Array, "S"]]
 """Rank of each request, lowest first; the earlier arrival wins a tie."""
@@ -127,6 +129,18 @@ def admit(config: EngineConfig, policy: Policy, state: SchedulerState, pool: Pag
     is_open = ~is_short_of_pages(config, state, pool)
     if policy.batching is Batching.STATIC:
         is_open &= ~jnp.any(state.active)
+    active = jax.lax.platform_dependent(
+        state, is_open,
+        cpu=functools.partial(admit_one_by_one, config, policy),
+        default=functools.partial(admit_in_two_rounds, config, policy),
+    )  # fmt: skip
+    return dataclasses.replace(state, active=active)
+
+
+def admit_one_by_one(
+    config: EngineConfig, policy: Policy, state: SchedulerState, is_open: Bool[Array, ""]
+) -> Bool[Array, "S"]:
+    """Who is active once the queue's heads have been tried in turn: as many forecasts as requests join, and one."""
     priority = policy.priority(state)
 
     def is_waiting(active: Bool[Array, "S"]) -> Bool[Array, ""]:
@@ -142,10 +156,37 @@ def admit(config: EngineConfig, policy: Policy, state: SchedulerState, pool: Pag
         active = jnp.where(fits, joined, active)
         return active, fits & is_waiting(active)
 
-    # No `cond` around the loop: XLA 0.11 runs a loop inside a condition of one CUDA graph wrongly (nobody was ever admitted).
-    carry = (state.active, is_open & is_waiting(state.active))
-    active, _ = jax.lax.while_loop(lambda carry: carry[1], try_head, carry)
-    return dataclasses.replace(state, active=active)
+    active, _ = jax.lax.while_loop(lambda carry: carry[1], try_head, (state.active, is_open & is_waiting(state.active)))
+    return active
+
+
+def admit_in_two_rounds(
+    config: EngineConfig, policy: Policy, state: SchedulerState, is_open: Bool[Array, ""]
+) -> Bool[Array, "S"]:
+    """As `admit_one_by_one`, without a loop that a GPU's host would have to watch.
+
+    A forecast does not fall when a request joins, so the numbers of joining requests that fit are all those up to one of
+    them: the first round asks for every `width`-th number, the second for those between, each for all of them at once.
+    """
+    num_slots = state.resident.shape[0]
+    waiting = state.resident & ~state.active
+    keys = (~waiting, policy.priority(state), state.arrival, jnp.arange(num_slots, dtype=jnp.int32))
+    *_, queue = jax.lax.sort(keys, num_keys=4, is_stable=False)
+    place = jnp.zeros((num_slots,), jnp.int32).at[queue].set(jnp.arange(num_slots, dtype=jnp.int32))
+    always = jnp.where(jnp.any(state.active), 0, 1)
+
+    def joined_by(count: Int32[Array, ""]) -> Bool[Array, "S"]:
+        return state.active | (waiting & (place < count))
+
+    def last_that_fits(counts: Int32[Array, "C"]) -> Int32[Array, ""]:
+        pages = jax.vmap(lambda count: policy.forecast(state, joined_by(count), config.page_size))(counts)
+        return jnp.max(jnp.where((pages <= config.num_pages) | (counts <= always), counts, 0))
+
+    width = math.isqrt(num_slots) + 1  # so that width * width > num_slots
+    steps = jnp.arange(width, dtype=jnp.int32)
+    coarse = last_that_fits(steps * width)
+    count = jnp.maximum(coarse, last_that_fits(coarse + steps))
+    return joined_by(jnp.where(is_open, count, 0))
 
 
 def plan(

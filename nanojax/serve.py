@@ -322,8 +322,8 @@ class Engine:
 
     def _read(self, launch: _Launch) -> list[Event]:
         """Turns one launch's report (stacked reports for the device loop) into events; waits for the device if it must."""
-        report = launch.report
-        fields = {field.name: np.asarray(getattr(report, field.name)) for field in dataclasses.fields(report)}
+        report = jax.device_get(launch.report)
+        fields = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
         now = self._clock()
         if fields["token"].ndim == 1:
             return self._read_step(launch, fields, now)

@@ -17,7 +17,8 @@ os.environ["XLA_FLAGS"] = f"{CHEAP_CODE} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CHECKOUT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-import pytest  # noqa: E402  (JAX reads the environment when it is imported)
+import jax  # noqa: E402  (it reads the environment when it is imported)
+import pytest  # noqa: E402
 from jaxtyping import config  # noqa: E402
 
 
@@ -28,6 +29,12 @@ def shared_data() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip("needs ../shared/data, which is not part of this repository")
     return path
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What is traced takes the ways that it takes where there is no CPU to watch a condition."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, default, **_: default(*operands))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ RANKS = [
     ["pallas_kernels.triton_call"],
     ["pallas_kernels"],
     ["pallas_kernels.overlap"],
-    ["nanojax.config", "nanojax.hardware", "nanojax.models.layers"],
+    ["nanojax.config", "nanojax.control", "nanojax.hardware", "nanojax.models.layers"],
     [
         "nanojax.kv_cache",
         "nanojax.batch",

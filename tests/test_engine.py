@@ -12,6 +12,7 @@ import tiny
 
 from nanojax import engine as core
 from nanojax import serve
+from nanojax.config import SamplingParts
 from nanojax.serve import Driver
 from nanojax.workload import Request, SamplingParams
 
@@ -71,20 +72,41 @@ VARIANTS = {
     "static batches": (tiny.ENGINE, {"policy": tiny.policy(batching="static")}),
     "few slots": (dataclasses.replace(tiny.ENGINE, num_slots=2), {}),
     "reference attention": (tiny.ENGINE, {"attention": "reference"}),
+    "tight pages, as on a GPU": (TIGHT, {"policy": tiny.policy("peak_memory")}),
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_tokens_do_not_depend_on_the_schedule(name):
+def test_tokens_do_not_depend_on_the_schedule(name, request):
     config, options = VARIANTS[name]
+    if "as on a GPU" in name:
+        request.getfixturevalue("as_on_a_gpu")
     engine = tiny.engine(config, **options)
     outputs = engine.generate(REQUESTS)
     assert {o.request_id: o.token_ids for o in outputs} == expected()
     assert int(engine._state.pool.num_free) == config.num_pages, "every page is free at the end"
-    if name in ("tight pages", "tight pages, small budget", "tight pages, device loop"):
+    if name in ("tight pages", "tight pages, small budget", "tight pages, device loop", "tight pages, as on a GPU"):
         assert sum(r.num_preemptions for r in engine.records) > 0, "this case must preempt to mean anything"
     if "reserve" in name or "oracle" in name:
         assert sum(r.num_preemptions for r in engine.records) == 0, "these forecasts never over-admit"
+
+
+def test_on_a_gpu_a_step_leaves_nothing_to_the_host(request):
+    """For a launch ahead is none if the host must first see what the device decides.  Greedy: random bits are loops on a CPU."""
+    config = dataclasses.replace(tiny.ENGINE, sampling=SamplingParts(random=False))
+    logits = jnp.zeros((config.num_slots, tiny.LLAMA.vocab_size))
+    step = functools.partial(
+        core.step, config, tiny.policy("peak_memory"), lambda params, kv, batch: (logits, kv), config.token_budgets[0]
+    )
+    leaves, structure = jax.tree.flatten(core.init(config, tiny.LLAMA))
+
+    def decisions():
+        code = jax.jit(lambda leaves: step({}, jax.tree.unflatten(structure, leaves))).lower(leaves).as_text()
+        return {kind for kind in ("case", "if", "while") if f"stablehlo.{kind}" in code}
+
+    assert decisions() == {"case", "while"}
+    request.getfixturevalue("as_on_a_gpu")
+    assert decisions() == set()
 
 
 def test_logprobs_are_the_models(shared_engine):
@@ -232,6 +254,18 @@ def test_bad_requests_are_refused_and_harm_nobody(message, tight_engine):
     assert events[-1].output.token_ids == expected()["r0"]
     with pytest.raises(ValueError, match="'r1' is used twice"):
         engine.generate([REQUESTS[1], REQUESTS[1]])
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [({"temperature": 1.0}, "temperature"), ({"top_p": 0.5}, "top_k or top_p"), ({"logprobs": True}, "logprobs")],
+)
+def test_a_request_that_asks_for_more_than_was_compiled_is_refused(asked, what):
+    engine = tiny.engine(
+        dataclasses.replace(tiny.ENGINE, sampling=SamplingParts(random=False, top=False, logprobs=False))
+    )
+    with pytest.raises(ValueError, match=f"'bad': asks for {what}, .*SamplingParts"):
+        engine.submit(Request("bad", (5,), SamplingParams(max_tokens=4, **asked)))
 
 
 def test_an_engine_longer_than_its_model_is_refused():

@@ -149,6 +149,7 @@ def test_a_trace_is_added_up_by_operation_and_by_streams():
     busy = trace_times.busy_by_operation(kernels, scopes)
     assert busy == {"KQV": (pytest.approx(7), 2), "logits": (pytest.approx(1), 1), "rest": (pytest.approx(1), 1)}
     assert trace_times.seconds_by_depth(kernels) == pytest.approx([2, 6, 1])
+    assert trace_times.busy_fraction(kernels) == pytest.approx(7 / 9)
 
 
 def test_a_trace_of_this_device_is_read(tmp_path):

@@ -54,6 +54,13 @@ def test_pool_equals_python_lists(program):
         assert_same(pool, held)
 
 
+def test_releasing_nothing_changes_nothing_where_it_is_not_skipped(as_on_a_gpu):
+    pool = grow(kv_cache.init_pool(CONFIG), jnp.array([2, 0, 3, 1], jnp.int32), N)
+    for mask in ([False, False, True, False], [False] * 4):
+        pool = kv_cache.release(pool, jnp.array(mask))
+        assert_same(pool, [[11, 10], [], [], [6]])
+
+
 def assert_same(pool, held):
     table, num = np.asarray(pool.page_indices), np.asarray(pool.num_pages)
     assert [table[s, : num[s]].tolist() for s in range(S)] == held

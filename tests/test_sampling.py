@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanojax import sampling
+from nanojax.config import SamplingParts
 
 V, R = 1000, 4
 
@@ -106,8 +107,42 @@ def test_a_sample_depends_on_its_own_seed_and_position_only():
     assert (sample(x, state(1.0, seed=range(9, 9 + R)), SLOTS, position) != together).any()
 
 
-def test_logprob_is_the_models_own_and_free_when_nobody_asks():
+def test_logprob_is_the_models_own_and_0_where_nobody_asks():
     x, tokens = logits(), jnp.array([1, 2, 3, 4])
-    expected = jax.nn.log_softmax(x)[jnp.arange(R), tokens]
+    expected = jnp.where(jnp.arange(R) == 2, jax.nn.log_softmax(x)[jnp.arange(R), tokens], 0)
     np.testing.assert_allclose(sampling.logprob(x, tokens, jnp.arange(R) == 2), expected, rtol=1e-5)
     np.testing.assert_array_equal(sampling.logprob(x, tokens, jnp.zeros(R, bool)), 0)
+
+
+HOWS = {
+    "greedy": state(0.0),
+    "random": state(0.7),
+    "cut": state(1.0, top_k=5, top_p=0.5),
+    "all kinds": state(0.9).replace(
+        temperature=jnp.array([0.0, 0.0, 1.0, 0.8]),
+        top_k=jnp.array([0, 3, 0, 7]),
+        top_p=jnp.array([1.0, 0.4, 1.0, 0.9]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOWS)
+def test_work_that_a_cpu_skips_changes_nothing(name, as_on_a_gpu):
+    x = logits()
+    computed = jax.jit(lambda *args: sampling.sample(*args))(x, HOWS[name], SLOTS, SLOTS)
+    np.testing.assert_array_equal(computed, sample(x, HOWS[name], SLOTS, SLOTS))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("greedy", SamplingParts(random=False)),
+        ("random", SamplingParts(top=False)),
+        ("greedy", SamplingParts(top=False)),
+    ],
+)
+def test_parts_that_nobody_asks_for_change_nothing(name, parts):
+    x = logits()
+    np.testing.assert_array_equal(
+        sampling.sample(x, HOWS[name], SLOTS, SLOTS, parts), sample(x, HOWS[name], SLOTS, SLOTS)
+    )

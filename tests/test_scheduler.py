@@ -1,5 +1,6 @@
 """Laws of `plan`, `admit` and the forecasts, against a scheduler in plain Python."""
 
+import dataclasses
 import functools
 
 import jax
@@ -31,6 +32,11 @@ def jitted_plan(phase_order):
 @functools.cache
 def jitted_admit(forecast, batching):
     return jax.jit(functools.partial(scheduler.admit, CONFIG, policy(forecast=forecast, batching=batching)))
+
+
+@functools.cache
+def jitted_rounds(forecast):
+    return jax.jit(functools.partial(scheduler.admit_in_two_rounds, CONFIG, policy(forecast=forecast)))
 
 
 @st.composite
@@ -126,6 +132,36 @@ def test_admit_takes_the_longest_prefix_of_the_queue_that_fits(data, batching, r
                 break
             expected = joined
     np.testing.assert_array_equal(after.active, expected)
+    if batching is Batching.CONTINUOUS:
+        np.testing.assert_array_equal(jitted_rounds(forecast)(state, ~jnp.bool_(is_short)), expected)
+
+
+@pytest.mark.parametrize("rule", ["peak_memory", "past_future", "oracle"])
+def test_admission_in_two_rounds_is_admission_one_by_one(rule, unchecked):
+    """On more slots than one round could ask for, with each number of requests that may join."""
+    num_slots = 41
+    config = dataclasses.replace(CONFIG, num_slots=num_slots, num_pages=200)
+    own = policy(forecast=admission.make_forecast(rule, expected_output_len=12))
+    one_by_one, in_rounds = (
+        jax.jit(functools.partial(f, config, own)) for f in (scheduler.admit_one_by_one, scheduler.admit_in_two_rounds)
+    )
+    joined = set()
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        prompt = rng.integers(1, rng.integers(2, 30), num_slots)
+        num_tokens, output = prompt + rng.integers(0, 6, num_slots), rng.integers(1, 40, num_slots)
+        resident = rng.random(num_slots) < 0.9
+        state = scheduler.init(num_slots).replace(
+            resident=jnp.array(resident), active=jnp.array(resident & (rng.random(num_slots) < rng.choice([0, 0.3, 0.8]))),
+            request_id=jnp.arange(num_slots), prompt_len=jnp.array(prompt), num_tokens=jnp.array(num_tokens),
+            max_tokens=jnp.array(num_tokens + output), expected_tokens=jnp.array(num_tokens + output),
+            arrival=jnp.array(rng.permutation(num_slots)), num_finished=jnp.int32(seed % 4),
+        )  # fmt: skip
+        expected = one_by_one(state, jnp.bool_(True))
+        np.testing.assert_array_equal(in_rounds(state, jnp.bool_(True)), expected)
+        np.testing.assert_array_equal(in_rounds(state, jnp.bool_(False)), state.active)
+        joined.add(int((expected & ~state.active).sum()))
+    assert len(joined) > 12
 
 
 @settings(max_examples=200, deadline=None)

@@ -2,12 +2,15 @@
 
 Points: prompts and outputs of 512/512, 1024/512, 512/1024 and of the paper's datasets; run whole operations one after
 another (`sequential`), cut in nano-batches, overlapped on two streams, and by a searched pipeline; three drivers.  The most
-telling come first, in case time ends.  The optimum is the paper's Eq. 5 with the peak measured by `peaks`.
+telling come first, in case time ends.  The optimum is the paper's Eq. 5 with the peak measured by `peaks`; `busy_fraction` says
+for which part of the time the device ran anything.
 """
 
 import dataclasses
 import functools
 import gc
+import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -15,7 +18,7 @@ import jax
 from absl import flags
 
 from experiments import serving, serving_flags
-from experiments.gpu_report import steady_state
+from experiments.gpu_report import steady_state, trace_times
 from experiments.gpu_report.cases import Case, Row, Setting
 from experiments.gpu_report.peaks import limits
 from nanojax.config import PRESETS, ModelConfig
@@ -28,6 +31,7 @@ MODEL, MAX_BUDGET, PAGE_SIZE, MAX_LEN = "llama-3-8b", 2048, 64, 4096
 RESERVED_BYTES = 8e9
 """Of the card's memory, for what a step computes with."""
 
+NUM_TRACED_LAUNCHES = 5
 SEARCHED = "searched.pipeline.json"
 
 
@@ -154,7 +158,7 @@ def _measure(point: Point, model: str, setting: Setting) -> Row:
     taken = steady_state.serve(
         engine, found, capacity.num_decode, num_warm_steps=warm, num_steps=steps, max_s=max_s, seed=setting.seed
     )
-    rates = steady_state.metrics(taken)
+    rates = steady_state.metrics(taken) | {"busy_fraction": _busy_fraction(engine, setting.out / "trace_serving")}
     bounds = limits(setting)
     optimum = optimal_tokens_per_s(bounds.flops_per_s, engine.model.num_active_params)
     return {
@@ -163,6 +167,17 @@ def _measure(point: Point, model: str, setting: Setting) -> Row:
         "percent_of_optimal": 100 * rates["total_tokens_per_s"] / optimum, "peak_source": bounds.source,
         **dataclasses.asdict(capacity), **took,
     }  # fmt: skip
+
+
+def _busy_fraction(engine: Engine, folder: pathlib.Path) -> float | None:
+    """Part of the next few launches' time in which the device ran any kernel; None if the profiler saw none."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with jax.profiler.trace(str(folder)):
+        for _ in range(NUM_TRACED_LAUNCHES):
+            engine.poll()
+    kernels = trace_times.read_trace(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return trace_times.busy_fraction(kernels) if kernels else None
 
 
 @functools.lru_cache(maxsize=1)

@@ -96,8 +96,14 @@ def seconds_by_depth(kernels: Sequence[Kernel]) -> list[float]:
     return depths
 
 
+def busy_fraction(kernels: Sequence[Kernel]) -> float:
+    """Of the time from the first kernel's start to the last one's end: when at least one ran.  Needs no streams."""
+    spans = _union((kernel.start_ns, kernel.end_ns) for kernel in kernels)
+    return sum(end - start for start, end in spans) / (spans[-1][1] - spans[0][0])
+
+
 def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Spans of one stream, those that touch joined: a kernel's events may nest."""
+    """Spans, those that touch joined: a kernel's events may nest."""
     joined: list[tuple[float, float]] = []
     for start, end in sorted(spans):
         if joined and start <= joined[-1][1]:

@@ -12,10 +12,11 @@ _ONE_GRAPH = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,COND
 
 
 class Graphs(enum.Enum):
-    """What the host launches: `ONE` CUDA graph for the whole step, `SOME` by XLA's default, `NO` graphs but each kernel.
+    """What the host launches: `SOME` graphs, XLA's default; `ONE` CUDA graph for everything; `NO` graphs but each kernel.
 
-    ONE contains the loops and conditions of the scheduler.  Not for serving: on an H200 with jax 0.11.2 a step with WHILE loses
-    pages, with CONDITIONAL, too, it admitted nobody; with CONDITIONAL alone it was right (`experiments/LOG.md`).
+    A step of greedy requests is one graph by XLA's default: it has neither loops nor conditions, which that leaves to the host.
+    ONE has them in the graph, and is not for serving: on an H200 with jax 0.11.2 a step with WHILE lost pages, with
+    CONDITIONAL, too, it admitted nobody; with CONDITIONAL alone it was right (`experiments/LOG.md`).
     NO is for a profiler, which tells only of kernels launched one by one what they belong to.
     """
 

@@ -104,6 +104,12 @@ def trace(shapes, config=DEFAULT):
     return jax.eval_shape(lambda args: attend(**args), shapes)
 
 
+@pytest.mark.parametrize(("only", "num_kernels"), [(None, 3), ("decode", 2), ("prefill", 1)])
+def test_kernels_for_rows_that_are_not_wanted_are_left_out(only, num_kernels):
+    attend = functools.partial(mosaic_gpu.paged_attention, layer=31, sm_scale=0.1, config=DEFAULT, only=only)
+    assert str(jax.make_jaxpr(lambda args: attend(**args))(shapes_of())).count("= mpmd_map[") == num_kernels
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

@@ -43,5 +43,6 @@ def test_kernels_keep_the_contract(outputs, name):
     truth = reference(as_float32)
     # Against float32, at most twice the error of the plain implementation in the same dtype.
     limit = 4e-6 if case.dtype == "float32" else 2 * np.abs(reference(args) - truth).max()
-    np.testing.assert_allclose(outputs[name], truth, rtol=0, atol=limit)
-    assert not outputs[name][sum(case.spec.q_lens) :].any(), "padding tokens are 0"
+    np.testing.assert_allclose(outputs[name][case.wanted], truth[case.wanted], rtol=0, atol=limit)
+    if case.only != "decode":
+        assert not outputs[name][sum(case.spec.q_lens) :].any(), "padding tokens are 0"

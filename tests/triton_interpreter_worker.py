@@ -7,6 +7,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,13 @@ class Case:
     config: Config | None = SMALL
     is_poisoned: bool = False
     is_far: bool = False
+    only: Literal["decode", "prefill"] | None = None
+
+    @property
+    def wanted(self) -> slice:
+        """Tokens whose results the contract fixes."""
+        num_decode = self.spec.num_decode
+        return {None: slice(None), "decode": slice(num_decode), "prefill": slice(num_decode, None)}[self.only]
 
     @property
     def spec(self) -> ArgSpec:
@@ -89,6 +97,7 @@ CASES = {
     "more programs than work": Case(MIXED, num_tokens=64, config=dataclasses.replace(SMALL, num_programs=50)),
     **{f"{name}, poisoned": Case(rows, is_poisoned=True) for name, rows in BATCHES.items()},
     "beyond 2**31 elements": Case(MIXED, num_tokens=64, is_far=True),
+    **{f"{only} only": Case(MIXED, num_tokens=64, is_poisoned=True, only=only) for only in ("decode", "prefill")},
 }  # fmt: skip
 
 
@@ -148,7 +157,7 @@ def run(case: Case) -> np.ndarray:
         far_bytes = skipped * page * args["k_pages"].dtype.itemsize
     triton_gpu.triton_call = interpreted_call(far_bytes)
     scale = 1 / math.sqrt(case.head_dim)
-    return triton_gpu.paged_attention(layer=LAYER, sm_scale=scale, config=case.config, **args)
+    return triton_gpu.paged_attention(layer=LAYER, sm_scale=scale, config=case.config, only=case.only, **args)
 
 
 def mend_interpreter() -> None:

@@ -158,13 +158,14 @@ def _measure(point: Point, model: str, setting: Setting) -> Row:
     taken = steady_state.serve(
         engine, found, capacity.num_decode, num_warm_steps=warm, num_steps=steps, max_s=max_s, seed=setting.seed
     )
-    rates = steady_state.metrics(taken) | {"busy_fraction": _busy_fraction(engine, setting.out / "trace_serving")}
+    rates = steady_state.metrics(taken)
     bounds = limits(setting)
     optimum = optimal_tokens_per_s(bounds.flops_per_s, engine.model.num_active_params)
     return {
         "model": engine.model.name, "lengths": point.lengths, "pipeline": point.how, "driver": point.driver,
         "uses_streams": point.use_streams, **rates, "optimal_tokens_per_s": optimum,
         "percent_of_optimal": 100 * rates["total_tokens_per_s"] / optimum, "peak_source": bounds.source,
+        "busy_fraction": _busy_fraction(engine, setting.out / "trace_serving"),
         **dataclasses.asdict(capacity), **took,
     }  # fmt: skip
 

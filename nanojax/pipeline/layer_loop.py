@@ -23,9 +23,10 @@ from nanojax.pipeline import streams
 from nanojax.pipeline.ir import NanoBatch, Node, OpKind, Pipeline
 from nanojax.pipeline.kernel_paths import Path, Room, choose, decode_on
 from nanojax.pipeline.pieces import Pieces
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import Rows, paged_attention
 
 ATTENTION = (OpKind.DEC_ATTN, OpKind.PF_ATTN)
+_KINDS: dict[tuple[OpKind, ...], Rows] = {(OpKind.DEC_ATTN,): "decode", (OpKind.PF_ATTN,): "prefill"}
 INPUT, MIDDLE = "the residual stream before the layer", "the residual stream after attention"
 
 Step = tuple[int, int]
@@ -176,7 +177,7 @@ class _Loop:
                 case OpKind.KQV:
                     return self._project_qkv(node, layer, tokens, extent)
                 case OpKind.DEC_ATTN | OpKind.PF_ATTN:
-                    return self._attend(node, layer, tokens, self.rows[tokens, self.calls[index]], path)
+                    return self._attend(index, layer, tokens, path)
                 case OpKind.ATTN_AG:
                     return self.network.gather(self._attended(layer, tokens), 1)
                 case OpKind.O:
@@ -241,20 +242,21 @@ class _Loop:
         self.reads = []
         self.kv = kv_cache.write(self.kv, layer, k, v, pages, self.offset[part])
 
-    def _attend(
-        self, node: Node, layer: int, tokens: NanoBatch, rows: RaggedBatch, path: Path
-    ) -> Float[Array, "t H h"]:
+    def _attend(self, index: int, layer: int, tokens: NanoBatch, path: Path) -> Float[Array, "t H h"]:
+        rows = self.rows[tokens, self.calls[index]]
+        only: Rows | None = _KINDS.get(self.calls[index])
+
         def attend_to_pages(q: Array) -> Array:
             return paged_attention(
                 q, self.kv.k, self.kv.v, layer, rows.kv_lens, rows.page_indices, rows.cu_q_lens, rows.num_decode,
-                implementation=self.attention,
+                implementation=self.attention, only=only,
             )  # fmt: skip
 
         attend: Callable[[Array], Array] = attend_to_pages
         if path.num_sms is not None:
             attend = decode_on(path.num_sms, path.kernel, self._projected(layer, tokens)[0], self.kv, layer, rows)
         # The queries are cut inside of the call: what it waits for is there at the join, so XLA launches it at once.
-        self.reads.append(self._launch(node, lambda: attend(self._projected(layer, tokens)[0])))
+        self.reads.append(self._launch(self.pipeline.nodes[index], lambda: attend(self._projected(layer, tokens)[0])))
         return self.reads[-1]
 
     def _attended(self, layer: int, tokens: NanoBatch) -> Float[Array, "t H h"]:

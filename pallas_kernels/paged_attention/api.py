@@ -1,12 +1,16 @@
 """What does paged attention promise, and which implementation keeps the promise here?"""
 
+import functools
 import importlib.util
 import math
+from typing import Literal
 
 from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.device import platform, why_not_hopper
 from pallas_kernels.paged_attention import reference, triton_gpu, xla
+
+Rows = Literal["decode", "prefill"]
 
 
 def paged_attention(
@@ -21,6 +25,7 @@ def paged_attention(
     *,
     sm_scale: float | None = None,
     implementation: str | None = None,
+    only: Rows | None = None,
 ) -> Float[Array, "T H h"]:
     """Causal attention of a flat ragged batch over keys and values in pages.
 
@@ -42,9 +47,10 @@ def paged_attention(
       implementation: None is the best one for the default platform: "triton" on an NVIDIA GPU where Triton is installed,
         without it "mosaic_gpu" on compute capability 9 for the shapes and dtypes it has kernels for; "numba" on a CPU for
         pages of uint16 or float32 where numba is installed; else "xla".
+      only: the rows whose results are wanted, if not all: on a GPU the other kind's kernels are not launched then.
 
     Returns:
-      Weighted values in the dtype of `q`, accumulated in float32; 0 for padding tokens.
+      Weighted values in the dtype of `q`, accumulated in float32; 0 for padding tokens, anything for rows not wanted.
 
     Raises:
       ValueError: H is no multiple of K, or `layer` is not in [0, L).
@@ -77,14 +83,14 @@ def paged_attention(
             reason = _why_not_triton(q, k_pages, v_pages)
             if reason is not None:
                 raise NotImplementedError(f"implementation='triton' {reason}")
-            attend = triton_gpu.paged_attention
+            attend = functools.partial(triton_gpu.paged_attention, only=only)
         case "mosaic_gpu":
             reason = _why_not_mosaic_gpu(q, k_pages, v_pages)
             if reason is not None:
                 raise NotImplementedError(f"implementation='mosaic_gpu' {reason}")
             from pallas_kernels.paged_attention import mosaic_gpu  # Mosaic GPU loads slowly: only where it is used
 
-            attend = mosaic_gpu.paged_attention
+            attend = functools.partial(mosaic_gpu.paged_attention, only=only)
         case "reference":
             attend = reference.paged_attention
         case _:

@@ -7,6 +7,7 @@ group of query heads (`mosaic_prefill_plan.why_not`), through `xla` in the same 
 import dataclasses
 import math
 import typing
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt16
@@ -104,6 +105,7 @@ def paged_attention(
     *,
     sm_scale: float,
     config: Config = Config(),
+    only: Literal["decode", "prefill"] | None = None,
     interpret: Interpret = None,
 ) -> Float[Array, "T H h"]:
     """Attention as `api.paged_attention` defines it.
@@ -119,28 +121,23 @@ def paged_attention(
         raise NotImplementedError(f"implementation='mosaic_gpu' {reason}")
     num_tokens = q.shape[0]
     rows = (kv_lens, page_indices)
-    decoded = decode_rows(
-        q, k_pages, v_pages, layer, *rows, num_decode, sm_scale=sm_scale, config=config, interpret=interpret
-    )
+    decoded = jnp.zeros((), q.dtype)
+    if only != "prefill":
+        decoded = decode_rows(
+            q, k_pages, v_pages, layer, *rows, num_decode, sm_scale=sm_scale, config=config, interpret=interpret
+        )
+        decoded = jnp.pad(decoded, ((0, num_tokens - len(decoded)), (0, 0), (0, 0)))
+    if only == "decode":
+        return decoded
     if mosaic_prefill_plan.why_not(q.shape[1], k_pages.shape[2]) is None:
         rest = prefill_rows(
-            q,
-            k_pages,
-            v_pages,
-            layer,
-            *rows,
-            cu_q_lens,
-            num_decode,
-            sm_scale=sm_scale,
-            config=config,
-            interpret=interpret,
-        )
+            q, k_pages, v_pages, layer, *rows, cu_q_lens, num_decode, sm_scale=sm_scale, config=config, interpret=interpret
+        )  # fmt: skip
     else:  # without their tokens the decode rows are rows with nothing to do
         cu_of_rest, no_decode = jnp.maximum(cu_q_lens, num_decode), jnp.zeros_like(num_decode)
         rest = xla.paged_attention(q, k_pages, v_pages, layer, *rows, cu_of_rest, no_decode, sm_scale=sm_scale)
     token = jnp.arange(num_tokens)[:, None, None]
-    rest = jnp.where(token < cu_q_lens[-1], rest, 0)
-    return jnp.where(token < num_decode, jnp.pad(decoded, ((0, num_tokens - len(decoded)), (0, 0), (0, 0))), rest)
+    return jnp.where(token < num_decode, decoded, jnp.where(token < cu_q_lens[-1], rest, 0))
 
 
 def decode_rows(

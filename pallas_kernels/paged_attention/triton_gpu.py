@@ -1,13 +1,14 @@
 """How does attention over pages run on NVIDIA GPUs from Ampere on?  Launches of the kernels in `triton_kernels`.
 
 Three kernels one after another: decode rows by splits of their keys, the merge of the splits, prefill chunks by tiles of their
-queries.  All they read is the step's own arrays, so the call is three custom calls and nothing else: it fits into a CUDA
-graph, and into a call on a stream of its own.
+queries; those that are wanted.  All they read is the step's own arrays, so the call is custom calls and nothing else: it fits
+into a CUDA graph, and into a call on a stream of its own.
 """
 
 import dataclasses
 import math
 import typing
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,7 @@ def paged_attention(
     *,
     sm_scale: float,
     config: Config | None = None,
+    only: Literal["decode", "prefill"] | None = None,
 ) -> Float[Array, "T H h"]:
     """Attention as `api.paged_attention` defines it; products in the wider of the dtypes of `q` and the pages.
 
@@ -127,31 +129,34 @@ def paged_attention(
     views = {1: value_dtypes[0], 2: value_dtypes[1]}
     scalars = {"layer": layer, "N": k_pages.shape[1], "P": page_indices.shape[1], "R": num_rows}
 
-    partial, lse = triton_call(
-        triton_kernels.decode,
-        (q, k_pages, v_pages, kv_lens, page_indices, num_decode),
-        [jax.ShapeDtypeStruct((num_splits, num_heads, *tail), jnp.float32) for tail in ((head_dim,), ())],
-        scalars,
-        {**cache, "TILE": max(16, _power_of_2(group)), **splits, **product},
-        num_programs=programs,
-        num_warps=config.decode_warps,
-        num_stages=config.decode_stages,
-        views=views,
-    )
-    out_shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    (merged,) = triton_call(
-        triton_kernels.merge,
-        (kv_lens, cu_q_lens, num_decode, partial, lse),
-        [out_shape],
-        {"T": num_tokens, "R": num_rows},
-        {"H": num_heads, "HEADS": _power_of_2(num_heads), "D": head_dim, **rows, **splits},
-        num_programs=min(programs, num_tokens),
-        num_warps=config.merge_warps,
-        num_stages=1,
-    )
+    out, out_shape = jnp.zeros(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape, q.dtype)
+    if only != "prefill":
+        partial, lse = triton_call(
+            triton_kernels.decode,
+            (q, k_pages, v_pages, kv_lens, page_indices, num_decode),
+            [jax.ShapeDtypeStruct((num_splits, num_heads, *tail), jnp.float32) for tail in ((head_dim,), ())],
+            scalars,
+            {**cache, "TILE": max(16, _power_of_2(group)), **splits, **product},
+            num_programs=programs,
+            num_warps=config.decode_warps,
+            num_stages=config.decode_stages,
+            views=views,
+        )
+        (out,) = triton_call(
+            triton_kernels.merge,
+            (kv_lens, cu_q_lens, num_decode, partial, lse),
+            [out_shape],
+            {"T": num_tokens, "R": num_rows},
+            {"H": num_heads, "HEADS": _power_of_2(num_heads), "D": head_dim, **rows, **splits},
+            num_programs=min(programs, num_tokens),
+            num_warps=config.merge_warps,
+            num_stages=1,
+        )
+    if only == "decode":
+        return out
     (out,) = triton_call(
         triton_kernels.prefill,
-        (q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode, merged),
+        (q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode, out),
         [out_shape],
         scalars,
         {**cache, "TILE": config.prefill_tile, "BLOCK": config.prefill_block, **product},

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from nanojax.array_types import Array, Bool, Int32
 from nanojax.config import EngineConfig
 from nanojax.kv_cache import PagePool, pages_for
+from nanojax.ordering import in_order
 
 HISTORY_LEN = 256
 """Finished output lengths that are remembered for the forecasts."""
@@ -170,8 +171,7 @@ def admit_in_two_rounds(
     """
     num_slots = state.resident.shape[0]
     waiting = state.resident & ~state.active
-    keys = (~waiting, policy.priority(state), state.arrival, jnp.arange(num_slots, dtype=jnp.int32))
-    *_, queue = jax.lax.sort(keys, num_keys=4, is_stable=False)
+    queue = in_order((~waiting).astype(jnp.int32), policy.priority(state), state.arrival)
     place = jnp.zeros((num_slots,), jnp.int32).at[queue].set(jnp.arange(num_slots, dtype=jnp.int32))
     always = jnp.where(jnp.any(state.active), 0, 1)
 
@@ -206,8 +206,7 @@ def plan(
     is_chunk = todo > 1
     late_phase = is_chunk if policy.phase_order is PhaseOrder.DECODE_FIRST else ~is_chunk
     rank = jnp.where(todo == 0, 2, late_phase)
-    keys = (rank, policy.priority(state), state.arrival, jnp.arange(todo.shape[0], dtype=jnp.int32))
-    *_, order = jax.lax.sort(keys, num_keys=4, is_stable=False)
+    order = in_order(rank, policy.priority(state), state.arrival)
 
     todo = todo[order]
     room = jnp.where(todo > 0, (pool.num_pages * page_size - state.num_computed)[order], 0)  # else the slot is stale

@@ -22,6 +22,7 @@ RANKS = [
     ["nanojax.config", "nanojax.control", "nanojax.hardware", "nanojax.models.layers"],
     [
         "nanojax.kv_cache",
+        "nanojax.ordering",
         "nanojax.batch",
         "nanojax.models",
         "nanojax.sampling",

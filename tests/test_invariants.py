@@ -16,7 +16,7 @@ from nanojax.scheduler import SchedulerState
 @pytest.fixture(scope="module")
 def running():
     """An engine in the middle of its work."""
-    engine = tiny.engine()
+    engine = tiny.engine(tiny.GREEDY)
     for request in tiny.requests(6, max_tokens=19):
         engine.submit(request)
     for _ in range(4):
@@ -65,7 +65,7 @@ def test_corruption_is_caught_and_the_state_printed(running, name):
 
 
 def test_the_engine_checks_itself_after_every_step(running):
-    engine = tiny.engine()
+    engine = tiny.engine(tiny.GREEDY)
     engine.submit(tiny.requests(1, max_tokens=19)[0])
     engine.poll()
     engine._state = corrupt(engine._state, num_free=engine._state.pool.num_free - 1)
@@ -74,7 +74,7 @@ def test_the_engine_checks_itself_after_every_step(running):
 
 
 def test_a_stall_is_reported_not_waited_for():
-    engine = tiny.engine(check_invariants=False)
+    engine = tiny.engine(tiny.GREEDY, check_invariants=False)
     engine.submit(tiny.requests(1, max_tokens=19)[0])
     engine.poll()
     state = engine._state

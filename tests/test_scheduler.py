@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nanojax import admission, kv_cache, scheduler
 from nanojax.config import EngineConfig
+from nanojax.ordering import in_order
 from nanojax.scheduler import Batching, PhaseOrder, Policy
 
 PAGE = 4
@@ -77,7 +78,7 @@ def arrays(rows, order):
 
 
 @pytest.mark.parametrize("phase_order", list(PhaseOrder))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=states(), budget=st.integers(1, 16))
 def test_plan_equals_python(phase_order, data, budget):
     rows, order = data
@@ -162,6 +163,18 @@ def test_admission_in_two_rounds_is_admission_one_by_one(rule, unchecked):
         np.testing.assert_array_equal(in_rounds(state, jnp.bool_(False)), state.active)
         joined.add(int((expected & ~state.active).sum()))
     assert len(joined) > 12
+
+
+jitted_order = jax.jit(in_order)
+numbers = st.one_of(st.integers(0, 3), st.integers(0, 10**6), st.integers(-(2**31), 2**31 - 1))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), numbers, numbers), min_size=7, max_size=7))
+def test_slots_are_ordered_by_rank_priority_and_arrival(rows):
+    rank, priority, arrival = (jnp.array(column, jnp.int32) for column in zip(*rows, strict=True))
+    expected = sorted(range(len(rows)), key=lambda i: (rows[i] if rows[i][0] < 2 else (2, 0, 0), i))
+    np.testing.assert_array_equal(jitted_order(rank, priority, arrival), expected)
 
 
 @settings(max_examples=200, deadline=None)

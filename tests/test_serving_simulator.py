@@ -30,8 +30,8 @@ from nanojax.workload import (
     with_arrivals,
 )
 
-LADDER = tiny.ENGINE
-TIGHT = dataclasses.replace(tiny.ENGINE, token_budgets=(4, 8), num_pages=13)
+LADDER = tiny.GREEDY
+TIGHT = dataclasses.replace(tiny.GREEDY, token_budgets=(4, 8), num_pages=13)
 UNIT = step_time.linear([1.0, 1.0])
 """Every step takes a second."""
 ROOMY = EngineConfig(token_budgets=(8,), num_slots=6, page_size=4, num_pages=64, max_len=64)

@@ -115,7 +115,7 @@ def test_few_slots_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("budgets", [(8, 32), (4, 16, 64)])
 def test_profiling_runs_touch_every_budget(budgets):
-    config = dataclasses.replace(tiny.ENGINE, token_budgets=budgets, num_slots=8, num_pages=256, max_len=96)
+    config = dataclasses.replace(tiny.GREEDY, token_budgets=budgets, num_slots=8, num_pages=256, max_len=96)
     engine = tiny.engine(config, check_invariants=False)
     engine.warm_up()
     rng = np.random.default_rng(0)

@@ -16,8 +16,9 @@ from absl import flags
 from experiments import request_lines, serving, serving_flags, summary
 from experiments.record import make_record, write_record
 from nanojax.config import SamplingParts
+from nanojax.live_request import Event
 from nanojax.metrics import summarize
-from nanojax.serve import Engine, Event
+from nanojax.serve import Engine
 from nanojax.weights import LoadedModel
 from nanojax.workload import Request, SamplingParams
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from nanojax.serve import Output
+from nanojax.live_request import Output
 from nanojax.weights import ChatTemplate, Tokenizer
 from nanojax.workload import Request, SamplingParams
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanojax.serve import Event
+from nanojax.live_request import Event
 
 WIDTH = 100
 

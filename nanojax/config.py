@@ -72,7 +72,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParts:
-    """What requests may ask of sampling.  A step does nothing for what none may ask for.
+    """What requests may ask of sampling.  Each step on a GPU does the work for it; a CPU skips what no row asks for.
 
     random: a temperature above 0.    top: top-k or top-p.    logprobs: log-probabilities of the tokens.
     """

@@ -23,6 +23,7 @@ from nanojax.array_types import Params
 from nanojax.config import EngineConfig, ModelConfig
 from nanojax.engine import Arrivals, Finish, Forward
 from nanojax.invariants import InvariantError
+from nanojax.live_request import Event, LiveRequest, Output
 from nanojax.metrics import RequestRecord, StepRecord
 from nanojax.pipeline import execute
 from nanojax.pipeline.compiler_options import Graphs, gpu_options
@@ -40,43 +41,6 @@ class Driver(enum.Enum):
     HOST_SYNC = "host_sync"
     DISPATCH_AHEAD = "dispatch_ahead"
     DEVICE_LOOP = "device_loop"
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """A finished request.  `token_ids` includes the stop token, `text` (None without a tokenizer) does not."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    text: str | None
-    logprobs: tuple[float, ...] | None
-    finish_reason: str
-    """`stop`, `length` or `cancelled`."""
-    record: RequestRecord
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """News of one request: its new tokens and text, and the whole output once it is finished."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    text: str
-    output: Output | None = None
-
-
-@dataclasses.dataclass
-class _Live:
-    """What the host keeps of a request that is queued or on the device."""
-
-    request: Request
-    arrival_s: float
-    stream: TextStream
-    slot: int | None = None
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    first_token_s: float = float("nan")
-    num_preemptions: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +111,7 @@ class Engine:
         self._flying: collections.deque[_Launch] = collections.deque()
         self._num_loaded = 0
         self._num_todo = 0
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, LiveRequest] = {}
         self._serial_of: dict[str, int] = {}
         self._queue: list[tuple[int, int]] = []
         self._free_slots = list(range(config.num_slots))[::-1]
@@ -171,7 +135,7 @@ class Engine:
         self.check(request)
         serial = self._num_submitted
         self._num_submitted += 1
-        self._live[serial] = _Live(request, self._clock(), TextStream(self.tokenizer, request.sampling.stop))
+        self._live[serial] = LiveRequest(request, self._clock(), TextStream(self.tokenizer, request.sampling.stop))
         self._serial_of[request.request_id] = serial
         heapq.heappush(self._queue, (self._queue_key(request), serial))
 
@@ -353,37 +317,21 @@ class Engine:
 
     def _append(self, serial: int, token: int, logprob: float, finish: Finish, now: float) -> Event:
         entry = self._live[serial]
-        if not entry.token_ids:
-            entry.first_token_s = now
-        entry.token_ids.append(token)
-        entry.logprobs.append(logprob)
-        reason = _REASONS[finish]
-        stopped = finish is not Finish.STOP and entry.stream.push(token)
-        if reason is not None:
-            stopped |= entry.stream.close()
-        reason = "stop" if stopped else reason
-        request_id = entry.request.request_id
+        reason = entry.add(token, logprob, finish, now)
         output = self._finish(serial, reason, now, on_device=finish is Finish.NOT) if reason is not None else None
-        return Event(request_id, (token,), entry.stream.take(), output)
+        return Event(entry.request.request_id, (token,), entry.stream.take(), output)
 
     def _finish(self, serial: int, reason: str, now: float, *, on_device: bool = True) -> Output:
         """Closes the books of a request; `on_device`: the device still holds it and must forget it."""
         entry = self._live.pop(serial)
-        request = entry.request
-        del self._serial_of[request.request_id]
+        del self._serial_of[entry.request.request_id]
         if entry.slot is not None:
             if on_device:
                 self._state = self._cancel(self._state, jnp.arange(self.config.num_slots) == entry.slot)
             self._free_slots.append(entry.slot)
-        record = RequestRecord(
-            request_id=request.request_id, arrival_s=entry.arrival_s, first_token_s=entry.first_token_s, finish_s=now,
-            input_len=len(request.prompt_ids), output_len=len(entry.token_ids), num_preemptions=entry.num_preemptions,
-            finish_reason=reason,
-        )  # fmt: skip
-        self.records.append(record)
-        text = entry.stream.text if self.tokenizer is not None else None
-        logprobs = tuple(entry.logprobs) if request.sampling.logprobs else None
-        return Output(request.request_id, tuple(entry.token_ids), text, logprobs, reason, record)
+        output = entry.output(reason, now, has_text=self.tokenizer is not None)
+        self.records.append(output.record)
+        return output
 
 
 def _launch_fn(
@@ -393,8 +341,6 @@ def _launch_fn(
         return functools.partial(core.run, config, policy, forward, budget, steps_per_launch)
     return functools.partial(core.step, config, policy, forward, budget)
 
-
-_REASONS = {Finish.NOT: None, Finish.STOP: "stop", Finish.LENGTH: "length"}
 
 _QUEUE_KEYS: dict[scheduler.PriorityFn, Callable[[Request], int]] = {
     scheduler.shortest_prompt: lambda request: len(request.prompt_ids),

@@ -40,7 +40,7 @@ RANKS = [
         "nanojax.pipeline.simulate",
         "nanojax.pipeline.render",
     ],
-    ["nanojax.invariants", "nanojax.intake", "nanojax.virtual_run", "nanojax.pipeline.search"],
+    ["nanojax.invariants", "nanojax.intake", "nanojax.live_request", "nanojax.virtual_run", "nanojax.pipeline.search"],
     ["nanojax.serve", "nanojax.simulate"],
     ["nanojax.fleet"],
     ["experiments"],

@@ -1,6 +1,7 @@
 """Does the GPU report keep what it has whatever happens, and does it measure what it says?  All without a GPU."""
 
 import json
+import re
 import zipfile
 
 import jax
@@ -162,6 +163,18 @@ def test_a_trace_of_this_device_is_read(tmp_path):
     assert all(kernel.instruction and kernel.end_ns >= kernel.start_ns for kernel in kernels)
     with pytest.raises(FileNotFoundError, match="xplane"):
         trace_times.read_trace(tmp_path / "nothing")
+
+
+def test_each_pair_has_its_product_and_waits_for_the_pair_before():
+    """A product that nothing needs would be left out of the program, and the pair measured too fast."""
+    weights, num_pairs = [jnp.ones((8, 16)) + i for i in range(4)], 4
+    run = pairs.pairs_in_a_row(lambda layer: lambda x, w, q: (jnp.dot(x, w), jnp.tanh(q)))
+    compiled = jax.jit(run).lower(jnp.ones((4, 8)), weights, jnp.ones((4, 2, 8))).compile()
+    assert len(re.findall(r" dot\(|__onednn|custom-call", compiled.as_text() or "")) == num_pairs
+    infinite = [weights[0] * jnp.inf, *weights[1:]]
+    products, q = run(jnp.ones((4, 8)), infinite, jnp.ones((4, 2, 8)))
+    assert not q.any()
+    assert not any(y.any() for y in products[1:]), "results that are infinite reach whatever comes after"
 
 
 def test_stamps_say_whether_two_kernels_ran_at_the_same_time_and_apart():

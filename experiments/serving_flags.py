@@ -32,7 +32,7 @@ DEFAULT_MODEL = "smollm2"
 SMOKE_MODEL = "smoke"
 RANDOM_WEIGHTS = "random"
 DTYPES = ("bfloat16", "float32")
-OVERLAP = ("xla", "sm_exclusive", "capped_grid")
+OVERLAP = ("xla", "sm_exclusive", "capped_grid", "attention_exclusive")
 TRACES = ("prompts", "sharegpt_texts", *PAPER_TABLE_4)
 
 SMOKE = {

@@ -93,6 +93,14 @@ def test_each_node_of_the_8b_pipeline_has_its_kernel_and_its_multiprocessors():
     assert {"share 0.6 of 132", "share 0.4 of 132", "nothing beside it"} < reasons
 
 
+def test_attention_alone_is_given_multiprocessors():
+    with gpu():
+        found, reasons = paths(overlap="attention_exclusive")
+    assert {node for node, rows in found.items() if rows[0][2] is not None} == {f"DecAttn{i}" for i in (1, 2, 3, 4)}
+    assert found["DecAttn1"] == [(32, "sm_exclusive", 53)]
+    assert "only attention is given multiprocessors" in reasons
+
+
 def test_who_gets_no_kernel_of_his_own_is_told_why():
     def reason_of(kind="NVIDIA H200", **options):
         with gpu(kind):
@@ -119,7 +127,8 @@ def test_a_form_that_is_named_is_had_or_refused():
     with gpu():
         assert kernel_paths.room_here("capped_grid", use_streams=True) == kernel_paths.Room(132, "capped_grid")
         with pytest.raises(
-            NotImplementedError, match="overlap='green' is none of 'sm_exclusive', 'capped_grid', 'xla'"
+            NotImplementedError,
+            match="overlap='green' is none of 'sm_exclusive', 'capped_grid', 'attention_exclusive', 'xla'",
         ):
             kernel_paths.room_here("green", use_streams=True)
         with pytest.raises(NotImplementedError, match="'capped_grid' needs streams"):
@@ -131,7 +140,7 @@ def test_a_form_that_is_named_is_had_or_refused():
         pytest.raises(NotImplementedError, match=r"capability 9, which this GPU \(80\) does"),
     ):
         kernel_paths.room_here("capped_grid", use_streams=True)
-    assert {*overlap.PREPARE, "xla"} == set(serving_flags.OVERLAP)
+    assert {*overlap.PREPARE, kernel_paths.ATTENTION_EXCLUSIVE, "xla"} == set(serving_flags.OVERLAP)
 
 
 def test_a_record_of_a_gpu_says_which_path_each_node_took():

@@ -62,6 +62,7 @@ _WAYS = {
     "overlap": {"pipeline": "llama_8b", "use_streams": True},
     "searched": {"pipeline": SEARCHED, "use_streams": True},
     "overlap, no graphs": {"pipeline": "llama_8b", "use_streams": True, "graphs": Graphs.NO.value},
+    "overlap, attention divided": {"pipeline": "llama_8b", "use_streams": True, "overlap": "attention_exclusive"},
     "overlap, divided": {"pipeline": "llama_8b", "use_streams": True, "overlap": "sm_exclusive"},
     "nano_batched": {"pipeline": "nano_batched"},
 }

@@ -131,6 +131,7 @@ def pairs(is_smoke: bool) -> Mapping[str, Callable[[int, int], Callable[[int], C
     return {
         **ours,
         "capped mosaic | triton": _capped_and_triton,
+        "cuBLAS | mosaic decode": _cublas_and_mosaic_decode,
         "cuBLAS | triton, not capped": _on_two_streams("triton"),
     }
 
@@ -165,6 +166,25 @@ def _capped_and_triton(num_matmul_ctas: int, num_attention_ctas: int) -> Callabl
         return lambda x, w, *rest: jax.lax.optimization_barrier(
             (on_stream(1, product)(x, w), on_stream(2, attend)(*rest))
         )
+
+    return in_layer
+
+
+def _cublas_and_mosaic_decode(num_matmul_ctas: int, num_attention_ctas: int) -> Callable[[int], Callable[..., Any]]:
+    """Attention in CTAs that have a multiprocessor each, and cuBLAS, which finds the others."""
+    del num_matmul_ctas
+
+    def in_layer(layer: int) -> Callable[..., Any]:
+        def run(x, weight, q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode):
+            from pallas_kernels.overlap import decode_on
+
+            del cu_q_lens
+            attend = decode_on(
+                "sm_exclusive", num_attention_ctas, q, k_pages, v_pages, layer, kv_lens, page_indices, num_decode
+            )
+            return jax.lax.optimization_barrier((on_stream(1, xla_dot)(x, weight), on_stream(2, attend)(q)))
+
+        return run
 
     return in_layer
 

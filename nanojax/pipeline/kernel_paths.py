@@ -2,7 +2,8 @@
 
 Nodes of a phase that run on different streams share the device as its scheduler likes, or, where a form is asked for on Hopper,
 divide it: products then run as persistent kernels and decode attention as the form says, each with its own multiprocessors;
-whatever has no such kernel runs as if it were alone.
+whatever has no such kernel runs as if it were alone.  Or attention alone is given multiprocessors, by CTAs so large that nothing
+fits beside them, and the library's products find the others.
 """
 
 import dataclasses
@@ -23,13 +24,17 @@ from pallas_kernels.device import num_multiprocessors, why_not_hopper
 DEFAULT, MATMUL = "default", "persistent matmul"
 """What a path may be, besides the names of `pallas_kernels.overlap`'s forms for decode attention."""
 
+ATTENTION_EXCLUSIVE = "attention_exclusive"
+"""Decode attention as in the form "sm_exclusive", products the library's."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """Multiprocessors for nodes to divide.    form: of attention's kernel."""
+    """Multiprocessors for nodes to divide.    form: of attention's kernel.    for_products: they get a number, too."""
 
     num_sms: int
     form: str
+    for_products: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +49,21 @@ class Path:
 def room_here(form: str, *, use_streams: bool) -> Room | None:
     """Of the device that is traced for; None where nodes run as if alone.
 
-    form: one of those in which two kernels share the device, or "xla", which leaves operations as they are.
+    form: one of those in which two kernels share the device, `ATTENTION_EXCLUSIVE`, or "xla", which leaves operations as they are.
     Raises NotImplementedError for a form that does not exist, or that the device cannot run.
     """
     if form == "xla":
         return None
     from pallas_kernels import overlap  # loads slowly: only where it is used
 
-    if form not in overlap.PREPARE:
-        raise NotImplementedError(f"overlap={form!r} is none of {', '.join(map(repr, overlap.PREPARE))}, 'xla'")
+    known = (*overlap.PREPARE, ATTENTION_EXCLUSIVE)
+    if form not in known:
+        raise NotImplementedError(f"overlap={form!r} is none of {', '.join(map(repr, known))}, 'xla'")
     reason = why_not_hopper()
     if reason is not None or not use_streams:
         raise NotImplementedError(f"overlap={form!r} {'needs streams' if reason is None else reason}")
+    if form == ATTENTION_EXCLUSIVE:
+        return Room(num_multiprocessors(), "sm_exclusive", for_products=False)
     return Room(num_multiprocessors(), form)
 
 
@@ -121,6 +129,8 @@ def _path(
         q = jax.ShapeDtypeStruct((num_tokens, num_kv_heads * group, head_dim), pages.dtype)
         reason = overlap.why_not_decode(room.form, q, pages, pages)
         return Path(room.form, num_sms, why) if reason is None else Path(DEFAULT, None, f"decode attention {reason}")
+    if not room.for_products:
+        return Path(DEFAULT, None, "only attention is given multiprocessors")
     kernel = _kernel(layer, node.op)
     if kernel is None:
         return Path(DEFAULT, None, "not a dense product")

@@ -134,7 +134,7 @@ def test_smollm2_in_bfloat16_keeps_the_first_16_golden_tokens(golden, kv_dtype, 
 
 
 def smollm2_work(model):
-    return work(model, PROMPTS[:5], 6, growth=2)
+    return work(model, PROMPTS[:5], 8, growth=3)
 
 
 @pytest.fixture(scope="module")

@@ -47,9 +47,9 @@ def host_of(engine: Engine) -> Host:
 def profile_traces(config: EngineConfig, rng: np.random.Generator) -> list[Trace]:
     """Requests, all there at once, whose steps run on every budget, with short and long contexts.
 
-    A budget that the slots can fill gets as many decoding requests as three quarters of it; a larger one, which only prompts
-    fill, gets prompts of six tenths of it and more, the largest of less, too: a request that comes alone fills little of it,
-    and padding is left out.  Then come a few long prompts, and short ones for half of the slots.
+    A budget that the slots can fill gets as many decoding requests as three quarters of it.  Each gets prompts of six tenths
+    of it and more, the largest of less, too: a request that comes alone fills little of it, and padding is left out.  Then
+    come a few long prompts, and short ones for half of the slots.
     """
     traces, longest = [], config.max_len - OUTPUT_LENS[1]
 
@@ -64,14 +64,13 @@ def profile_traces(config: EngineConfig, rng: np.random.Generator) -> list[Trace
         if budget <= config.num_slots:
             num = max(1, 3 * budget // 4)
             add(rng.integers(1, longest // 8 + 1, num), outputs(num))
-        else:
-            is_largest = budget == config.token_budgets[-1]
-            smaller = max((other for other in config.token_budgets if other < budget), default=0)
-            for fraction in (0.15, 0.25, 0.4, 0.6) if is_largest else (0.6, 0.7, 0.8, 0.9):
-                if fraction * budget <= smaller:
-                    continue
-                num = int(rng.integers(1, min(8, config.num_slots) + 1))
-                add(np.full(num, max(1, min(longest, int(fraction * budget / num)))), np.full(num, 2))
+        is_largest = budget == config.token_budgets[-1] > config.num_slots
+        smaller = max((other for other in config.token_budgets if other < budget), default=0)
+        for fraction in (0.15, 0.25, 0.4, 0.6) if is_largest else (0.6, 0.7, 0.8, 0.9):
+            if fraction * budget <= smaller:
+                continue
+            num = int(rng.integers(1, min(8, config.num_slots, budget // 4 + 1) + 1))
+            add(np.full(num, max(1, min(longest, int(fraction * budget / num)))), np.full(num, 2))
     few, many = -(-config.num_slots // 16), -(-config.num_slots // 2)
     add(rng.integers(longest // 4, 3 * longest // 4 + 1, few), outputs(few))
     add(rng.integers(1, longest // 6 + 1, many), outputs(many))

@@ -11,9 +11,8 @@ import python_scheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanojax import admission, kv_cache, scheduler
+from nanojax import admission, kv_cache, ordering, scheduler
 from nanojax.config import EngineConfig
-from nanojax.ordering import in_order
 from nanojax.scheduler import Batching, PhaseOrder, Policy
 
 PAGE = 4
@@ -165,16 +164,26 @@ def test_admission_in_two_rounds_is_admission_one_by_one(rule, unchecked):
     assert len(joined) > 12
 
 
-jitted_order = jax.jit(in_order)
+@functools.cache
+def jitted_order(few):
+    def order(rank, priority, arrival):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ordering, "FEW_SLOTS", few)
+            return ordering.in_order(rank, priority, arrival)
+
+    return jax.jit(order)
+
+
 numbers = st.one_of(st.integers(0, 3), st.integers(0, 10**6), st.integers(-(2**31), 2**31 - 1))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), numbers, numbers), min_size=7, max_size=7))
-def test_slots_are_ordered_by_rank_priority_and_arrival(rows):
+@pytest.mark.parametrize("few", [0, ordering.FEW_SLOTS])
+def test_slots_are_ordered_by_rank_priority_and_arrival(few, rows):
     rank, priority, arrival = (jnp.array(column, jnp.int32) for column in zip(*rows, strict=True))
     expected = sorted(range(len(rows)), key=lambda i: (rows[i] if rows[i][0] < 2 else (2, 0, 0), i))
-    np.testing.assert_array_equal(jitted_order(rank, priority, arrival), expected)
+    np.testing.assert_array_equal(jitted_order(few)(rank, priority, arrival), expected)
 
 
 @settings(max_examples=200, deadline=None)

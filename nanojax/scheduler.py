@@ -171,7 +171,7 @@ def admit_in_two_rounds(
     """
     num_slots = state.resident.shape[0]
     waiting = state.resident & ~state.active
-    queue = in_order((~waiting).astype(jnp.int32), policy.priority(state), state.arrival)
+    queue = in_order(jnp.where(waiting, 0, 2), policy.priority(state), state.arrival)
     place = jnp.zeros((num_slots,), jnp.int32).at[queue].set(jnp.arange(num_slots, dtype=jnp.int32))
     always = jnp.where(jnp.any(state.active), 0, 1)
 

@@ -93,17 +93,13 @@ def compile_step(
     num_slots: int = 1024,
     attention: str | None = None,
     overlap: str = "xla",
-    graphs: Graphs | None = None,
 ) -> Step:
     """`engine.step` on batches of the pipeline's size, weights and pages bfloat16, on the streams that the pipeline names.
 
     kv_bytes: of the pages, on all devices together, or a page more.    attention, overlap: as in `execute.forward`.
-    graphs: as in `nanojax.pipeline.compiler_options`; None is XLA's default on one GPU, and with collectives, which that leaves
-      out, on several.
+    CUDA graphs are XLA's default on one GPU; on several they hold collectives, too, which that leaves out.
     """
     page_size = 16
-    if graphs is None:
-        graphs = Graphs.ONE if num_devices > 1 else Graphs.SOME
     config = EngineConfig(
         token_budgets=(pipeline.num_tokens,), num_slots=num_slots, page_size=page_size, max_len=2048,
         num_pages=math.ceil(kv_bytes / (2 * model.kv_values_per_token * page_size)),
@@ -124,7 +120,7 @@ def compile_step(
         state = dataclasses.replace(jax.tree.map(lambda leaf: _placed(leaf, split.replicated), state), kv=kv)
     code = compile_for(
         gpu, functools.partial(engine.step, config, POLICY, forward, pipeline.num_tokens), (params, state),
-        mesh=mesh, donate=[1], graphs=graphs,
+        mesh=mesh, donate=[1], graphs=Graphs.ONE if num_devices > 1 else Graphs.SOME,
     )  # fmt: skip
     shape = state.kv.k.shape
     return Step(model, pipeline, num_devices, (*shape[:2], shape[2] // num_devices, *shape[3:]), code)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from experiments.compiled_code import CompiledCode, Target, compile_for
 from nanojax import engine, scheduler
 from nanojax.admission import make_forecast
-from nanojax.config import EngineConfig, ModelConfig, SamplingParts
+from nanojax.config import GREEDY, EngineConfig, ModelConfig
 from nanojax.models import decoder
 from nanojax.pipeline import execute
 from nanojax.pipeline.compiler_options import Graphs
@@ -103,7 +103,7 @@ def compile_step(
     config = EngineConfig(
         token_budgets=(pipeline.num_tokens,), num_slots=num_slots, page_size=page_size, max_len=2048,
         num_pages=math.ceil(kv_bytes / (2 * model.kv_values_per_token * page_size)),
-        sampling=SamplingParts(random=False, top=False, logprobs=False),
+        sampling=GREEDY,
     )  # fmt: skip
     mesh = gpu.mesh(num_devices)
     params: Any = decoder.abstract_params(model, jnp.bfloat16)

@@ -16,7 +16,7 @@ from absl import flags
 
 from experiments import serving
 from nanojax import kv_cache, sampling
-from nanojax.config import ModelConfig, SamplingParts
+from nanojax.config import GREEDY, ModelConfig
 from nanojax.kv_cache import KVPages
 from nanojax.models import decoder
 from nanojax.models.layers import contract
@@ -52,7 +52,7 @@ def dense_points(values: flags.FlagValues, loaded: LoadedModel, sizes: Sequence[
         kind: jax.jit(f, static_argnums=0) for kind, f in DENSE.items() if model.num_experts or kind != OpKind.ROUTER
     }
     store = jax.jit(_project_qkv, static_argnums=0, donate_argnums=2)
-    greedy = jax.jit(functools.partial(sampling.sample, parts=SamplingParts(random=False)))
+    greedy = jax.jit(functools.partial(sampling.sample, parts=GREEDY))
     points = []
     for t in sizes:
         key = jax.random.key(values.seed)

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 
 from experiments.sweep import parse_sweep
 from nanojax.admission import ADMISSION_NAMES
-from nanojax.config import PRESETS, EngineConfig, SamplingParts
+from nanojax.config import GREEDY, PRESETS, EngineConfig
 from nanojax.pipeline.compiler_options import Graphs
 from nanojax.pipeline.library import PIPELINES
 from nanojax.scheduler import PRIORITIES, Batching, PhaseOrder
@@ -118,7 +118,7 @@ def engine_config(values: flags.FlagValues, model_max_len: int) -> EngineConfig:
     max_len = min(values.max_len, model_max_len) if values["max_len"].using_default_value else values.max_len
     names = {field.name for field in dataclasses.fields(EngineConfig)} & set(values) - {"token_budgets", "max_len"}
     given: dict[str, Any] = {name: values[name].value for name in sorted(names)}
-    sampling = SamplingParts(random="temperature" in values and values.temperature > 0, top=False, logprobs=False)
+    sampling = dataclasses.replace(GREEDY, random="temperature" in values and values.temperature > 0)
     return EngineConfig(token_budgets=_ladder(values.token_budgets) or (), max_len=max_len, sampling=sampling, **given)
 
 

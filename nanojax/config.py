@@ -82,6 +82,9 @@ class SamplingParts:
     logprobs: bool = True
 
 
+GREEDY = SamplingParts(random=False, top=False, logprobs=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Capacities of the engine.  Every field is a compile-time constant.

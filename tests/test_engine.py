@@ -12,7 +12,7 @@ import tiny
 
 from nanojax import engine as core
 from nanojax import serve
-from nanojax.config import SamplingParts
+from nanojax.config import GREEDY, SamplingParts
 from nanojax.serve import Driver
 from nanojax.workload import Request, SamplingParams
 
@@ -261,9 +261,7 @@ def test_bad_requests_are_refused_and_harm_nobody(message, tight_engine):
     [({"temperature": 1.0}, "temperature"), ({"top_p": 0.5}, "top_k or top_p"), ({"logprobs": True}, "logprobs")],
 )
 def test_a_request_that_asks_for_more_than_was_compiled_is_refused(asked, what):
-    engine = tiny.engine(
-        dataclasses.replace(tiny.ENGINE, sampling=SamplingParts(random=False, top=False, logprobs=False))
-    )
+    engine = tiny.engine(dataclasses.replace(tiny.ENGINE, sampling=GREEDY))
     with pytest.raises(ValueError, match=f"'bad': asks for {what}, .*SamplingParts"):
         engine.submit(Request("bad", (5,), SamplingParams(max_tokens=4, **asked)))
 

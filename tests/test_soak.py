@@ -15,14 +15,14 @@ import tiny
 
 from nanojax import engine as core
 from nanojax import invariants
-from nanojax.config import EngineConfig, ModelConfig, SamplingParts
+from nanojax.config import GREEDY, EngineConfig, ModelConfig
 from nanojax.sampling import NO_TOKEN
 
 V = 31
 MODEL = ModelConfig("oracle", 1, 4, 1, 1, 1, 4, V, 64)
 CONFIG = EngineConfig(
     token_budgets=(12,), num_slots=8, page_size=4, num_pages=24, max_len=40, max_stop_tokens=1,
-    sampling=SamplingParts(random=False, top=False, logprobs=False),
+    sampling=GREEDY,
 )  # fmt: skip
 STEPS_PER_LAUNCH = 500
 

@@ -3,14 +3,12 @@
 import functools
 import importlib.util
 import math
-from typing import Literal
 
 from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.device import platform, why_not_hopper
 from pallas_kernels.paged_attention import reference, triton_gpu, xla
-
-Rows = Literal["decode", "prefill"]
+from pallas_kernels.paged_attention.arg_specs import Rows
 
 
 def paged_attention(

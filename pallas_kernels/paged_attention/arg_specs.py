@@ -1,11 +1,15 @@
 """Which calls does paged attention see in practice?  One list for the tests, the benchmark and the profile table."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+
+Rows = Literal["decode", "prefill"]
+"""Kinds of rows that a call can be asked for alone."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ group of query heads (`mosaic_prefill_plan.why_not`), through `xla` in the same 
 import dataclasses
 import math
 import typing
-from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt16
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float, Int32, UInt16
 from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.paged_attention import mosaic_prefill_plan, xla
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
+from pallas_kernels.paged_attention.arg_specs import Rows
 from pallas_kernels.paged_attention.mosaic_decode import DecodeShape, decode_attention, decode_schedule
 from pallas_kernels.paged_attention.mosaic_prefill import prefill_attention
 from pallas_kernels.paged_attention.mosaic_prefill_plan import PrefillShape, prefill_schedule
@@ -105,7 +105,7 @@ def paged_attention(
     *,
     sm_scale: float,
     config: Config = Config(),
-    only: Literal["decode", "prefill"] | None = None,
+    only: Rows | None = None,
     interpret: Interpret = None,
 ) -> Float[Array, "T H h"]:
     """Attention as `api.paged_attention` defines it.

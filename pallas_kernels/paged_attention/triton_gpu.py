@@ -8,7 +8,6 @@ into a CUDA graph, and into a call on a stream of its own.
 import dataclasses
 import math
 import typing
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.device import compute_capability, num_multiprocessors
+from pallas_kernels.paged_attention.arg_specs import Rows
 from pallas_kernels.triton_call import triton_call
 from pallas_kernels.triton_call import why_not as why_not_triton
 
@@ -97,7 +97,7 @@ def paged_attention(
     *,
     sm_scale: float,
     config: Config | None = None,
-    only: Literal["decode", "prefill"] | None = None,
+    only: Rows | None = None,
 ) -> Float[Array, "T H h"]:
     """Attention as `api.paged_attention` defines it; products in the wider of the dtypes of `q` and the pages.
 

@@ -51,7 +51,7 @@ def load(values: flags.FlagValues) -> LoadedModel:
         return load_model(values.model, dtype=values.dtype, cache_dir=serving_flags.cache_dir(values))
     name = "smollm2-135m" if values.model == serving_flags.DEFAULT_MODEL else values.model
     config = SMOKE_CONFIG if name == serving_flags.SMOKE_MODEL else PRESETS[name]
-    params = decoder.init_params(config, jax.random.key(values.seed), jnp.dtype(values.dtype))
+    params = decoder.pack_params(decoder.init_params(config, jax.random.key(values.seed), jnp.dtype(values.dtype)))
     return LoadedModel(config, jax.block_until_ready(params), byte_tokenizer(config.vocab_size), TEMPLATES["raw"])
 
 

@@ -1,12 +1,20 @@
 """For which device is the program being traced?  The abstract device where one is set (code for a GPU that is not there)."""
 
+import ctypes
 import functools
 import importlib.util
+import sys
 
 import jax
 
 # Compute capabilities of GPUs that code is compiled for where there is none.
 CAPABILITIES = {"A100": 80, "A30": 80, "A10": 86, "L4": 89, "L40": 89, "L40S": 89, "H100": 90, "H200": 90, "GH200": 90}
+
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = (
+    158,
+    0x1023,
+    18,
+)  # x86-64 Linux: a call, what it asks for, the tiles
 
 
 def platform() -> str:
@@ -23,6 +31,14 @@ def cpu_has(feature: str) -> bool:
     import llvmlite.binding
 
     return llvmlite.binding.get_host_cpu_features().get(feature, False)
+
+
+@functools.cache
+def cpu_has_amx() -> bool:
+    """Whether this CPU has a matrix unit for bfloat16 and the kernel of the system lets this process use it, which must be asked."""
+    if not (cpu_has("amx-tile") and cpu_has("amx-bf16") and sys.platform == "linux"):
+        return False
+    return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
 
 
 def num_multiprocessors() -> int:

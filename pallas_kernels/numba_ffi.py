@@ -78,13 +78,13 @@ def attribute(frame, index):
     return array(scalar[1], np.int64, 1)[0]
 
 
-def fetch_line(builder, address):
-    """Emits the instruction that starts to bring the 64 bytes at an int64 address near."""
+def fetch_line(builder, address, nearness=3):
+    """Emits the instruction that starts to bring the 64 bytes at an int64 address near: 3, into the first cache, 2, the second."""
     byte, word = llvmlite.ir.IntType(8).as_pointer(), llvmlite.ir.IntType(32)
     function_type = llvmlite.ir.FunctionType(llvmlite.ir.VoidType(), (byte, word, word, word))
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", (byte,), function_type)
-    read, keep, data = word(0), word(3), word(1)
-    builder.call(prefetch, (builder.inttoptr(address, byte), read, keep, data))
+    read, data = word(0), word(1)
+    builder.call(prefetch, (builder.inttoptr(address, byte), read, word(nearness), data))
 
 
 @numba.extending.intrinsic

@@ -1,6 +1,7 @@
 """Does every implementation of the matrix product keep the contract of `api.py`?"""
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.matmul import api, matmul, reference
+from pallas_kernels.device import cpu_has, cpu_has_amx
+from pallas_kernels.matmul import api, matmul, numba_cpu, pack, packed, reference
 from pallas_kernels.matmul.arg_specs import ARG_SPECS
 
 
@@ -71,6 +73,65 @@ def test_a_token_does_not_depend_on_its_neighbours(implementation, dtype):
     for first, stop in ((0, 1), (3, 11), (12, 28)):
         alone = matmul(x[first:stop], kernel, implementation=implementation)
         np.testing.assert_array_equal(alone, together[first:stop])
+
+
+UNITS = [
+    pytest.param("amx", marks=pytest.mark.skipif(not cpu_has_amx(), reason="needs a CPU with AMX")),
+    pytest.param("avx512bf16", marks=pytest.mark.skipif(not cpu_has("avx512bf16"), reason="needs AVX512-BF16")),
+]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+class TestUnitsForBfloat16:
+    @pytest.mark.parametrize("num_rows", [1, 5, 15, 16, 17, 20, 31, 33, 47, 64, 100])
+    @pytest.mark.parametrize("form", ["packed", "plain", "transposed"])
+    def test_any_number_of_tokens_in_any_number_of_rows(self, unit, form, num_rows, monkeypatch):
+        monkeypatch.setattr(packed, "unit", lambda num_rows: unit)
+        x, kernel = operands(num_rows, 64, 96, jnp.bfloat16)
+        x = x.astype(jnp.bfloat16)
+        exact = reference.matmul(x, kernel)
+        operand = {"packed": pack(kernel, 1), "plain": kernel, "transposed": kernel.T}[form]
+        product = jax.jit(functools.partial(numba_cpu.matmul, is_transposed=form == "transposed"))
+        for rows in (x, jnp.concatenate([x, jnp.full((3, 64), jnp.nan, x.dtype)])):
+            for num_tokens in {0, 1, num_rows // 2, num_rows}:
+                out = product(rows, operand, jnp.int32(num_tokens))
+                np.testing.assert_allclose(out[:num_tokens], exact[:num_tokens], rtol=1e-5, atol=1e-5)
+                np.testing.assert_array_equal(out[num_tokens:], 0)
+
+    @pytest.mark.parametrize("shape", [(64, 3, 64), (2, 4, 8, 64)])
+    def test_a_packed_kernel_is_only_in_another_order(self, unit, shape, monkeypatch):
+        monkeypatch.setattr(packed, "unit", lambda num_rows: unit)
+        kernel = jax.random.normal(jax.random.key(1), shape).astype(jnp.bfloat16)
+        num_axes = len(shape) - 1 if shape[0] == 2 else 1
+        there = pack(kernel, num_axes)
+        assert there.dtype == jnp.uint16
+        assert there.shape == kernel.shape
+        np.testing.assert_array_equal(packed.unpack(there, num_axes), kernel)
+        matrix = np.asarray(kernel).reshape(64, -1)
+        panels = np.asarray(there).view(matrix.dtype).reshape(-1, 32, 32, 2)
+        np.testing.assert_array_equal(panels[1, 5, 7], matrix[10:12, 32 + 7])
+        assert pack(there, num_axes) is there
+
+    def test_gate_and_up_columns(self, unit, monkeypatch):
+        monkeypatch.setattr(packed, "unit", lambda num_rows: unit)
+        x, kernel = operands(9, 64, 192, jnp.bfloat16)
+        both = kernel.reshape(64, 2, 96)
+        np.testing.assert_array_equal(matmul(x, pack(both, 1)), matmul(x, both, implementation="numba"))
+
+
+def test_only_what_suits_is_packed(monkeypatch):
+    monkeypatch.setattr(packed, "unit", lambda num_rows: None if num_rows % 2 else "amx")
+    for kernel in (jnp.zeros((4, 64)), jnp.zeros((3, 64), jnp.bfloat16), jnp.zeros((4, 40), jnp.bfloat16)):
+        assert pack(kernel, 1) is kernel
+
+
+def test_a_packed_kernel_is_for_its_unit_only(monkeypatch):
+    x, kernel = jnp.zeros((2, 4)), jnp.zeros((4, 64), jnp.uint16)
+    with pytest.raises(NotImplementedError, match="cannot read a packed kernel"):
+        matmul(x, kernel, implementation="xla")
+    monkeypatch.setattr(api, "unit", lambda num_rows: None)
+    with pytest.raises(NotImplementedError, match="another CPU packed"):
+        matmul(x, kernel)
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), NUMBA)

@@ -18,7 +18,7 @@ from nanojax.config import ModelConfig, RopeScaling
 from nanojax.models.layers import WHOLE, Extent, RMSNorm, contract, normal
 from nanojax.models.moe import MixtureOfExperts, Routes
 from pallas_kernels.device import platform
-from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul import matmul, operand_dtype, pack
 
 
 class FeedForward(nnx.Module):
@@ -31,7 +31,7 @@ class FeedForward(nnx.Module):
     def up_gate(self, x: Float[Array, "t D"], extent: Extent = WHOLE) -> Float[Array, "t F"]:
         """`silu(gate x) * (up x)`, rounded as the next product takes it."""
         kernel = self.gate_up[...]
-        return matmul(x, kernel, out_dtype=kernel.dtype, **extent.for_matmul())
+        return matmul(x, kernel, out_dtype=operand_dtype(kernel), **extent.for_matmul())
 
     def project_down(
         self, hidden: Float[Array, "t F"], residual: Float[Array, "t D"] | None = None, extent: Extent = WHOLE
@@ -205,6 +205,21 @@ def init_params(config: ModelConfig, key: Key[Array, ""], dtype=jnp.float32) -> 
         return _params(Decoder(one_layer, jnp.dtype(dtype), nnx.Rngs(key))) | {"layers": {}}
 
     return make_rest(rest_key) | {"layers": {i: make_layer(key) for i, key in enumerate(layer_keys)}}
+
+
+def pack_params(params: Params) -> Params:
+    """The same parameters with the dense kernels of all layers as this CPU's unit for bfloat16 reads them, if it has one."""
+
+    def pack_layer(layer: Params) -> Params:
+        dense = layer["ffn"]["gate_up"].ndim == 3
+        ffn = {name: pack(layer["ffn"][name], 1) for name in ("gate_up", "down")} if dense else {}
+        return layer | {
+            "qkv": layer["qkv"] | {"kernel": pack(layer["qkv"]["kernel"], 1)},
+            "out": layer["out"] | {"kernel": pack(layer["out"]["kernel"], 3)},
+            "ffn": layer["ffn"] | ffn,
+        }
+
+    return params | {"layers": {i: pack_layer(layer) for i, layer in params["layers"].items()}}
 
 
 def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:

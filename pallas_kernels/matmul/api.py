@@ -5,17 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt16
 
-from pallas_kernels.device import cpu_has, num_multiprocessors, platform, why_not_hopper
+from pallas_kernels.device import cpu_has, cpu_has_amx, num_multiprocessors, platform, why_not_hopper
+from pallas_kernels.matmul.packed import PANEL, is_packed, operand_dtype, unit
 
-PANEL, SQUARE = 32, 16
-"""Columns, and rows of a transposed kernel, must be multiples of these for "numba"."""
+SQUARE = 16
+"""Rows of a transposed kernel must be a multiple of it for "numba", columns of `PANEL`."""
 
 
 def matmul(
     x: Float[Array, "t c"],
-    kernel: Float[Array, "c f"] | Float[Array, "c 2 f"] | Float[Array, "f c"],
+    kernel: Float[Array, "c f"] | Float[Array, "c 2 f"] | Float[Array, "f c"] | UInt16[Array, "c *f"],
     residual: Float[Array, "t f"] | None = None,
     *,
     is_transposed: bool = False,
@@ -27,6 +28,7 @@ def matmul(
     """`x @ kernel`: operands in the kernel's dtype, sums in float32; for gate and up columns `silu(gate) * up`.
 
     Args:
+      kernel: a matrix, or one that `pack` packed, in the operands' dtype of `operand_dtype`.
       residual: is added to the product.
       is_transposed: the kernel is [f, c].
       num_tokens: only the first so many tokens are asked for; "numba" leaves the others out, their product is 0.
@@ -39,7 +41,7 @@ def matmul(
     Raises:
       NotImplementedError: the implementation named does not exist, or cannot run here or on these operands.
     """
-    x = x.astype(kernel.dtype)
+    x = x.astype(operand_dtype(kernel))
     if implementation == "mosaic_gpu":
         reason = "takes no transposed kernel" if is_transposed else _why_not_mosaic(x, kernel)
         if reason is not None:
@@ -62,12 +64,16 @@ def matmul(
 
 def _product(x, kernel, is_transposed: bool, num_tokens, implementation: str | None, dtype: Any) -> Float[Array, "t f"]:
     """The product alone; "xla" gives it in `dtype`, sums being float32, "numba" in float32."""
-    if implementation is None:
-        # XLA multiplies bfloat16 by a unit of its own for it; the transposed form of "numba" does not.
-        is_for_unit = is_transposed and kernel.dtype == jnp.bfloat16 and cpu_has("avx512bf16")
+    if implementation is None and is_packed(kernel):
+        implementation = "numba"
+    elif implementation is None:
+        # XLA multiplies bfloat16 by AVX512-BF16; the transposed form of "numba" does not.
+        is_for_unit = is_transposed and kernel.dtype == jnp.bfloat16 and cpu_has("avx512bf16") and not cpu_has_amx()
         is_numba = not is_for_unit and _why_not_numba(kernel, is_transposed=is_transposed) is None
         implementation = "numba" if is_numba else "xla"
     match implementation:
+        case "xla" if is_packed(kernel):
+            raise NotImplementedError("implementation='xla' cannot read a packed kernel")
         case "xla":
             # bfloat16 operands double the rate on CPUs with AVX512-BF16; a bfloat16 result does not.
             dims = (((1,), (1 if is_transposed else 0,)), ((), ()))
@@ -99,6 +105,8 @@ def _why_not_numba(kernel, *, is_transposed: bool = False) -> str | None:
     if platform() != "cpu":
         return f"runs on 'cpu', not on {platform()!r}"
     rows, columns = kernel.shape[::-1] if is_transposed else kernel.shape
+    if is_packed(kernel):
+        return None if unit(rows) and columns % PANEL == 0 else "cannot read a kernel that another CPU packed"
     if kernel.dtype not in (jnp.bfloat16, jnp.float32):
         return f"needs a bfloat16 or float32 kernel, not {kernel.dtype.name} {list(kernel.shape)}"
     if columns % PANEL or rows % (SQUARE if is_transposed else 2):

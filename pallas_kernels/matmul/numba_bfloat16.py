@@ -1,7 +1,7 @@
 """How does a bfloat16 matrix product come near a CPU's peak, for a few tokens as for hundreds?
 
-A weight panel of 32 columns is rearranged into pairs of rows, as AVX512-BF16 wants it, in a buffer that stays in the core's
-cache; then up to 12 tokens at a time keep all their sums of the panel in registers.
+A panel of 32 columns of the kernel, its rows in pairs as AVX512-BF16 wants them, stays in the core's cache while up to 12 tokens at
+a time keep all their sums of the panel in registers.  A kernel that is not packed is packed on its way into a buffer.
 """
 
 import typing
@@ -12,6 +12,7 @@ import numba.core.cgutils
 import numba.extending
 import numpy as np
 
+from pallas_kernels.matmul.packed import PANEL
 from pallas_kernels.matmul.panels import (
     INT64,
     KERNEL,
@@ -20,16 +21,15 @@ from pallas_kernels.matmul.panels import (
     NUM_TOKENS,
     NUM_WORDS,
     OUT,
-    PANEL,
     WIDTH,
     WORD,
     X,
     address,
     clear_padding,
 )
-from pallas_kernels.numba_ffi import Work, array, prefetch
+from pallas_kernels.numba_ffi import Work, array, fetch_line, prefetch
 
-AHEAD = 2 * 64  # bytes: with two threads the next panel of this one is the one after the next
+AHEAD = 2  # panels: with two threads the next panel of this one is the one after the next
 
 
 class _BFloat(llvmlite.ir.Type):
@@ -66,15 +66,18 @@ def _pack_pair(typing_context, source, next_source, target):
 
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, num_tokens):
-    """Products of `num_tokens` (a constant) tokens with one packed panel of `num_pairs` pairs of rows."""
+def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, later, num_tokens):
+    """Products of `num_tokens` (a constant) tokens with one packed panel of `num_pairs` pairs of rows.
+
+    later: meanwhile half as many bytes as the panel has are brought near from there on.
+    """
     count = num_tokens
     if not isinstance(count, numba.types.IntegerLiteral):
         return None
 
     def generate(context, builder, signature, arguments):
         b = builder
-        x, x_stride, panel, num_pairs, out, out_stride = arguments[:6]
+        x, x_stride, panel, num_pairs, out, out_stride, later = arguments[:7]
         num_tokens = count.literal_value
         dot_type = llvmlite.ir.FunctionType(SUMS, (SUMS, PAIRS, PAIRS))
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
@@ -89,6 +92,7 @@ def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, num_to
         with numba.core.cgutils.for_range(b, num_pairs) as loop:
             row = b.add(panel, b.mul(loop.index, INT64(128)))
             weights = [b.bitcast(b.load(address(b, row, 64 * half, HALVES), align=64), PAIRS) for half in range(2)]
+            fetch_line(b, b.add(later, b.mul(loop.index, INT64(64))))
             place = b.mul(loop.index, INT64(4))
             for m in range(num_tokens):
                 pair = b.load(address(b, tokens[m], place, WORD), align=2)
@@ -102,12 +106,22 @@ def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, num_to
                 b.store(b.load(sums[m, half]), address(b, out, place, SUMS), align=4)
         return context.get_dummy_value()
 
-    return numba.types.void(*(numba.types.int64,) * 6, count), generate
+    return numba.types.void(*(numba.types.int64,) * 7, count), generate
+
+
+@numba.njit(forceinline=True)
+@typing.no_type_check
+def pack_panel(source, row_bytes, num_pairs, packed):
+    """Interleaves the pairs of rows of the panel at `source` in the buffer at `packed`."""
+    for k in range(0, 2 * num_pairs, 2):
+        prefetch(source + k * row_bytes + AHEAD * 2 * PANEL, 64)
+        prefetch(source + (k + 1) * row_bytes + AHEAD * 2 * PANEL, 64)
+        _pack_pair(source + k * row_bytes, source + (k + 1) * row_bytes, packed + k * 2 * PANEL)
 
 
 @typing.no_type_check
-def make_work(sources):
-    """The work: for each panel, packs it, then runs all tokens through it."""
+def make_work(sources, is_packed):
+    """The work on a kernel [c, f], packed or not: for each panel, runs all tokens through it."""
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
     @typing.no_type_check
@@ -115,35 +129,36 @@ def make_work(sources):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         x, kernel, out = job[X], job[KERNEL], job[OUT]
         num_tokens, num_pairs, row_bytes = job[NUM_TOKENS], job[WIDTH] // 2, 2 * job[NUM_COLUMNS]
-        x_stride, out_stride = 4 * num_pairs, 2 * row_bytes
-        buffer_ = np.empty(num_pairs * 2 * PANEL + 32, np.int16)
+        x_stride, out_stride, panel_bytes = 4 * num_pairs, 2 * row_bytes, 4 * PANEL * num_pairs
+        buffer_ = np.empty((0 if is_packed else num_pairs * 2 * PANEL) + 32, np.int16)
         packed = (buffer_.ctypes.data + 63) // 64 * 64
         for panel in range(first, stop):
             clear_padding(out + 4 * PANEL * panel, out_stride, num_tokens, job[NUM_ROWS])
-            source = kernel + 2 * PANEL * panel
-            for k in range(0, 2 * num_pairs, 2):
-                prefetch(source + k * row_bytes + AHEAD, 64)
-                prefetch(source + (k + 1) * row_bytes + AHEAD, 64)
-                _pack_pair(source + k * row_bytes, source + (k + 1) * row_bytes, packed + k * 2 * PANEL)
+            if is_packed:
+                packed = kernel + panel_bytes * panel
+            else:
+                pack_panel(kernel + 2 * PANEL * panel, row_bytes, num_pairs, packed)
             token = 0  # 12 at a time: 24 sums, 2 weights and 1 activation nearly fill the 32 registers
             while token < num_tokens:
                 left = num_tokens - token
                 activations = x + x_stride * token
                 sums = out + 4 * PANEL * panel + out_stride * token
+                # What a later panel needs: a half in the first pass, the other in those that follow.
+                later = packed + panel_bytes * AHEAD + panel_bytes // 2 * min(token, 1) if is_packed else packed
                 if left >= 12 and left != 16:
-                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, 12)
+                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, later, 12)
                     token += 12
                 elif left >= 8:
-                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, 8)
+                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, later, 8)
                     token += 8
                 elif left >= 4:
-                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, 4)
+                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, later, 4)
                     token += 4
                 elif left >= 2:
-                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, 2)
+                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, later, 2)
                     token += 2
                 else:
-                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, 1)
+                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, later, 1)
                     token += 1
         buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 

@@ -14,6 +14,7 @@ import numba.core.cgutils
 import numba.extending
 import numpy as np
 
+from pallas_kernels.matmul.packed import PANEL
 from pallas_kernels.matmul.panels import (
     INT64,
     KERNEL,
@@ -22,7 +23,6 @@ from pallas_kernels.matmul.panels import (
     NUM_TOKENS,
     NUM_WORDS,
     OUT,
-    PANEL,
     WIDTH,
     WORD,
     X,
@@ -72,7 +72,7 @@ def _copy_row(typing_context, source, target, target_stride, element_bytes):
 
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def _turn_square(typing_context, source, source_stride, target, element_bytes):
+def turn_square(typing_context, source, source_stride, target, element_bytes):
     """LANES rows of LANES values, `source_stride` bytes apart, to as many half rows of a tile: row i, column j to row j, column i."""
     size = element_bytes
     if not isinstance(size, numba.types.IntegerLiteral):
@@ -187,7 +187,7 @@ def make_work(sources, element_bytes, is_transposed):
                     target = packed + group // 2 * tile_bytes + group % 2 * LANE_BYTES
                     for k in range(0, width, LANES):
                         square = source + row_stride * LANES * group + element_bytes * k
-                        _turn_square(square, row_stride, target + 4 * TILE * k, element_bytes)
+                        turn_square(square, row_stride, target + 4 * TILE * k, element_bytes)
             else:
                 for k in range(width):
                     _copy_row(source + k * row_stride, packed + 4 * TILE * k, tile_bytes, element_bytes)

@@ -6,10 +6,8 @@ import llvmlite.ir
 import numba
 import numpy as np
 
+from pallas_kernels.matmul.packed import PANEL
 from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, array, buffer
-
-PANEL = 32
-"""Columns of a panel."""
 
 X, KERNEL, OUT, NUM_TOKENS, NUM_ROWS, WIDTH, NUM_COLUMNS, NUM_WORDS = range(8)
 INT64, WORD = llvmlite.ir.IntType(64), llvmlite.ir.IntType(32)
@@ -25,9 +23,9 @@ def make_describe(sources):
         job[X], x_dims = buffer(frame, False, 0)
         job[KERNEL] = buffer(frame, False, 1)[0]
         job[OUT], out_dims = buffer(frame, True, 0)
-        job[NUM_ROWS], job[WIDTH] = array(x_dims, np.int64, 2)[0], array(x_dims, np.int64, 2)[1]
+        job[WIDTH] = array(x_dims, np.int64, 2)[1]
+        job[NUM_ROWS], job[NUM_COLUMNS] = array(out_dims, np.int64, 2)[0], array(out_dims, np.int64, 2)[1]
         job[NUM_TOKENS] = min(array(buffer(frame, False, 2)[0], np.int32, 1)[0], job[NUM_ROWS])
-        job[NUM_COLUMNS] = array(out_dims, np.int64, 2)[1]
         return job[NUM_COLUMNS] // PANEL
 
     return describe

@@ -1,0 +1,220 @@
+"""How does a bfloat16 matrix product use a CPU's matrix unit (AMX)?  Tiles of 16 tokens and of 16 columns, 32 rows deep.
+
+A panel of 32 columns of the kernel, its rows in pairs, stays in the core's caches while 32 tokens at a time keep their sums of the
+panel in four of the unit's eight tiles; what a later panel needs is brought near meanwhile.  A kernel that is not packed is
+packed on its way into a buffer.  One that lies transposed is its own left operand: then the tokens are the panel, and the tile
+of sums is turned as it leaves.
+"""
+
+import typing
+
+import jax.numpy as jnp
+import llvmlite.ir
+import numba
+import numba.core.cgutils
+import numba.extending
+import numpy as np
+from jaxtyping import Array, BFloat16
+
+from pallas_kernels.matmul.numba_bfloat16 import pack_panel
+from pallas_kernels.matmul.numba_float32 import turn_square
+from pallas_kernels.matmul.packed import AMX_DEPTH, PANEL
+from pallas_kernels.matmul.panels import (
+    INT64,
+    KERNEL,
+    NUM_COLUMNS,
+    NUM_ROWS,
+    NUM_TOKENS,
+    NUM_WORDS,
+    OUT,
+    WIDTH,
+    X,
+    clear_padding,
+)
+from pallas_kernels.numba_ffi import Work, array, fetch_line
+
+ROWS = 16
+"""Rows of a tile: tokens of a left operand, pairs of rows of a right one."""
+DEPTH = AMX_DEPTH
+AHEAD = 2  # panels: with two threads the next panel of this one is the one after the next
+NEAR, NEARER = 2, 3  # the core's second cache, its first
+
+BYTE = llvmlite.ir.IntType(8)
+BYTES = BYTE.as_pointer()
+SUMS, LEFT, RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)  # tiles
+
+
+def _emit(b, name, *arguments):
+    """Calls an intrinsic of AMX: small integers name tiles, all else is a pointer or a stride."""
+    values = [BYTE(a) if isinstance(a, int) else a for a in arguments]
+    function_type = llvmlite.ir.FunctionType(llvmlite.ir.VoidType(), [value.type for value in values])
+    name = f"llvm.x86.{name}"
+    b.call(b.module.globals.get(name) or llvmlite.ir.Function(b.module, function_type, name), values)
+
+
+@numba.extending.intrinsic
+@typing.no_type_check
+def _set_tiles(typing_context, config):
+    """Takes the tiles' shapes from the 64 bytes at an int64 address."""
+
+    def generate(context, builder, signature, arguments):
+        _emit(builder, "ldtilecfg", builder.inttoptr(arguments[0], BYTES))
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.int64), generate
+
+
+@numba.extending.intrinsic
+@typing.no_type_check
+def _release_tiles(typing_context):
+    """Gives the tiles back, so that a switch of threads need not save them."""
+
+    def generate(context, builder, signature, arguments):
+        _emit(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return numba.types.void(), generate
+
+
+@numba.njit(forceinline=True)
+@typing.no_type_check
+def _configure(at, num_rows):
+    """Gives tiles of sums and left operands `num_rows` rows, those of right operands 16; rows of 64 bytes."""
+    array(at, np.int64, 8)[:] = 0
+    array(at, np.uint8, 64)[0] = 1
+    array(at + 16, np.uint16, 8)[:] = 64
+    array(at + 48, np.uint8, 6)[:] = num_rows
+    array(at + 54, np.uint8, 2)[:] = ROWS
+    _set_tiles(at)
+
+
+@numba.extending.intrinsic(prefer_literal=True)
+@typing.no_type_check
+def _tiles(typing_context, left, left_stride, panel, num_steps, out, out_stride, later, num_blocks, num_lines):
+    """Sums of `num_blocks` (1 or 2) blocks of rows with one packed panel, 32 products at a time.
+
+    left, out: addresses of the blocks.  later: in each step `num_lines` lines of 64 bytes from there on are brought near.
+    """
+    count, lines = num_blocks, num_lines
+    if not isinstance(count, numba.types.IntegerLiteral) or not isinstance(lines, numba.types.IntegerLiteral):
+        return None
+
+    def generate(context, builder, signature, arguments):
+        b = builder
+        left, left_stride, panel, num_steps, out, out_stride, later = arguments[:7]
+        lefts, outs = (numba.core.cgutils.unpack_tuple(b, pair) for pair in (left, out))
+        blocks = range(count.literal_value)
+        for m in blocks:
+            for half in range(2):
+                _emit(b, "tilezero", SUMS[2 * m + half])
+        with numba.core.cgutils.for_range(b, num_steps) as loop:
+            column, row = b.mul(loop.index, INT64(2 * DEPTH)), b.mul(loop.index, INT64(ROWS * 4 * PANEL))
+            for half in range(2):
+                place = b.inttoptr(b.add(panel, b.add(row, INT64(64 * half))), BYTES)
+                _emit(b, "tileloadd64", RIGHT[half], place, INT64(4 * PANEL))
+            for line in range(2 * ROWS):
+                fetch_line(b, b.add(panel, b.add(row, INT64((2 * ROWS + line) * 64))), NEARER)
+            for line in range(lines.literal_value):
+                fetch_line(
+                    b, b.add(later, b.add(b.mul(loop.index, INT64(lines.literal_value * 64)), INT64(line * 64))), NEAR
+                )
+            for m in blocks:
+                _emit(b, "tileloadd64", LEFT[m], b.inttoptr(b.add(lefts[m], column), BYTES), left_stride)
+                for half in range(2):
+                    _emit(b, "tdpbf16ps", SUMS[2 * m + half], LEFT[m], RIGHT[half])
+        for m in blocks:
+            for half in range(2):
+                place = b.inttoptr(b.add(outs[m], INT64(64 * half)), BYTES)
+                _emit(b, "tilestored64", SUMS[2 * m + half], place, out_stride)
+        return context.get_dummy_value()
+
+    one, pair = numba.types.int64, numba.types.UniTuple(numba.types.int64, 2)
+    return numba.types.void(pair, one, one, one, pair, one, one, count, lines), generate
+
+
+@typing.no_type_check
+def make_work(sources, is_packed):
+    """The work on a kernel [c, f], packed or not: for each panel, runs all tokens through it."""
+
+    lines, half_lines = (32, 16) if is_packed else (0, 0)
+
+    @numba.cfunc(Work, error_model="numpy", cache=True)
+    @typing.no_type_check
+    def work(job_at, first, stop):
+        job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
+        x, num_tokens, num_rows, width = job[X], job[NUM_TOKENS], job[NUM_ROWS], job[WIDTH]
+        x_stride, out_stride, panel_bytes = 2 * width, 4 * job[NUM_COLUMNS], 2 * PANEL * width
+        num_steps, rows = width // DEPTH, min(num_rows, ROWS)
+        buffer_ = np.empty((0 if is_packed else width * PANEL) + 64, np.int16)
+        packed = (buffer_.ctypes.data + 63) // 64 * 64
+        _configure(packed, rows)
+        for panel in range(first, stop):
+            out = job[OUT] + 4 * PANEL * panel
+            if is_packed:
+                packed = job[KERNEL] + panel_bytes * panel
+            elif num_tokens > 0:
+                pack_panel(job[KERNEL] + 2 * PANEL * panel, 2 * job[NUM_COLUMNS], width // 2, packed)
+            for token in range(0, num_tokens, 2 * ROWS):
+                # The last block begins where it ends with the array: tokens computed twice come out the same.
+                one, two = min(token, num_rows - rows), min(token + ROWS, num_rows - rows)
+                lefts, outs = (x + x_stride * one, x + x_stride * two), (out + out_stride * one, out + out_stride * two)
+                later = packed + AHEAD * panel_bytes  # all of it in one pass, or a half in each of the first two
+                if num_tokens <= ROWS:
+                    _tiles(lefts, x_stride, packed, num_steps, outs, out_stride, later, 1, lines)
+                elif num_tokens <= 2 * ROWS:
+                    _tiles(lefts, x_stride, packed, num_steps, outs, out_stride, later, 2, lines)
+                elif num_tokens - token <= ROWS:
+                    _tiles(
+                        lefts, x_stride, packed, num_steps, outs, out_stride, later + panel_bytes // 2, 1, half_lines
+                    )
+                else:
+                    later += panel_bytes // 2 * min(token, 1)
+                    _tiles(lefts, x_stride, packed, num_steps, outs, out_stride, later, 2, half_lines)
+            clear_padding(out, out_stride, num_tokens, num_rows)
+        _release_tiles()
+        buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
+
+    return work
+
+
+def pack_tokens(x: BFloat16[Array, "t c"]) -> BFloat16[Array, "padded c"]:
+    """Tokens as `make_transposed_work` takes them: in panels of 32, each as pairs of values; zeros after the last."""
+    width = x.shape[1]
+    panels = jnp.pad(x, ((0, -x.shape[0] % PANEL), (0, 0))).reshape(-1, PANEL, width // 2, 2)
+    return panels.swapaxes(1, 2).reshape(-1, width)
+
+
+@typing.no_type_check
+def make_transposed_work(sources):
+    """The work on a kernel [f, c] and tokens that `pack_tokens` packed: for each panel of columns, runs all tokens through it."""
+
+    @numba.cfunc(Work, error_model="numpy", cache=True)
+    @typing.no_type_check
+    def work(job_at, first, stop):
+        job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
+        num_tokens, num_rows, width = job[NUM_TOKENS], job[NUM_ROWS], job[WIDTH]
+        row_bytes, out_stride = 2 * width, 4 * job[NUM_COLUMNS]
+        buffer_ = np.empty(2 * PANEL * PANEL + 16, np.float32)
+        sums = (buffer_.ctypes.data + 63) // 64 * 64
+        turned = sums + 4 * PANEL * PANEL
+        _configure(sums, ROWS)
+        for panel in range(first, stop):
+            kernel, out = job[KERNEL] + PANEL * row_bytes * panel, job[OUT] + 4 * PANEL * panel
+            for token in range(0, num_tokens, PANEL):
+                later = kernel + AHEAD * PANEL * row_bytes
+                lefts, outs = (kernel, kernel + ROWS * row_bytes), (sums, sums + 4 * PANEL * ROWS)
+                tokens = job[X] + token * row_bytes
+                _tiles(lefts, row_bytes, tokens, width // DEPTH, outs, 4 * PANEL, later, 2, 32)
+                for column in range(0, PANEL, ROWS):
+                    for row in range(0, PANEL, ROWS):
+                        source, target = 4 * (PANEL * column + row), 4 * (PANEL * row + column)
+                        turn_square(sums + source, 4 * PANEL, turned + target, 4)
+                for row in range(min(num_tokens - token, PANEL)):
+                    array(out + out_stride * (token + row), np.float32, PANEL)[:] = array(
+                        turned + 4 * PANEL * row, np.float32, PANEL
+                    )
+            clear_padding(out, out_stride, num_tokens, num_rows)
+        _release_tiles()
+        buffer_[0] = 0
+
+    return work

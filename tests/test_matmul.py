@@ -112,11 +112,18 @@ class TestUnitsForBfloat16:
         np.testing.assert_array_equal(panels[1, 5, 7], matrix[10:12, 32 + 7])
         assert pack(there, num_axes) is there
 
-    def test_gate_and_up_columns(self, unit, monkeypatch):
+    @pytest.mark.parametrize("num_rows", [3, 16, 29, 70])
+    def test_gate_and_up(self, unit, num_rows, monkeypatch):
         monkeypatch.setattr(packed, "unit", lambda num_rows: unit)
-        x, kernel = operands(9, 64, 192, jnp.bfloat16)
-        both = kernel.reshape(64, 2, 96)
-        np.testing.assert_array_equal(matmul(x, pack(both, 1)), matmul(x, both, implementation="numba"))
+        x, kernel = operands(num_rows, 64, 192, jnp.bfloat16)
+        x, kernel = x * jnp.geomspace(1e-3, 10, num_rows)[:, None], kernel.reshape(64, 2, 96)
+        there = pack(kernel, 1)
+        np.testing.assert_array_equal(packed.unpack(there, 1), kernel)
+        for num_tokens in {0, num_rows - 2, num_rows}:
+            out = matmul(x, there, num_tokens=jnp.int32(num_tokens), out_dtype=jnp.bfloat16)
+            exact = np.asarray(matmul(x, kernel, implementation="xla"))[:num_tokens]
+            np.testing.assert_allclose(out[:num_tokens].astype(jnp.float32), exact, rtol=2**-8, atol=1e-30)
+            np.testing.assert_array_equal(out[num_tokens:], 0)
 
 
 def test_only_what_suits_is_packed(monkeypatch):

@@ -25,10 +25,10 @@ def matmul(
     num_ctas: int | None = None,
     out_dtype: Any = jnp.float32,
 ) -> Float[Array, "t f"]:
-    """`x @ kernel`: operands in the kernel's dtype, sums in float32; for gate and up columns `silu(gate) * up`.
+    """`x @ kernel`: operands in the kernel's dtype, sums in float32; for gate and up, [c 2 f], `silu(gate) * up`.
 
     Args:
-      kernel: a matrix, or one that `pack` packed, in the operands' dtype of `operand_dtype`.
+      kernel: may be one that `pack` packed; then `silu(gate) * up` is rounded to bfloat16 before all else.
       residual: is added to the product.
       is_transposed: the kernel is [f, c].
       num_tokens: only the first so many tokens are asked for; "numba" leaves the others out, their product is 0.
@@ -41,6 +41,8 @@ def matmul(
     Raises:
       NotImplementedError: the implementation named does not exist, or cannot run here or on these operands.
     """
+    if is_packed(kernel) and implementation not in (None, "numba"):
+        raise NotImplementedError(f"implementation={implementation!r} cannot read a packed kernel")
     x = x.astype(operand_dtype(kernel))
     if implementation == "mosaic_gpu":
         reason = "takes no transposed kernel" if is_transposed else _why_not_mosaic(x, kernel)
@@ -53,10 +55,14 @@ def matmul(
         return mosaic_gpu.matmul(x, kernel, added, num_ctas=count, out_dtype=out_dtype)
     is_narrow = platform() == "gpu" and residual is None and out_dtype == kernel.dtype
     dtype = kernel.dtype if is_narrow else jnp.float32
-    result = _product(x, kernel.reshape(kernel.shape[0], -1), is_transposed, num_tokens, implementation, dtype)
-    if kernel.ndim == 3:
-        gate, up = jnp.moveaxis(result.reshape(x.shape[0], *kernel.shape[1:]), 1, 0)
-        result = jax.nn.silu(gate.astype(jnp.float32)) * up
+    if is_packed(kernel) and kernel.ndim == 3:
+        result = _numba(x, kernel, is_transposed, num_tokens)
+    else:
+        matrix = kernel.reshape(kernel.shape[0], -1)
+        result = _product(x, matrix, is_transposed, num_tokens, implementation, dtype)
+        if kernel.ndim == 3:
+            gate, up = jnp.moveaxis(result.reshape(x.shape[0], *kernel.shape[1:]), 1, 0)
+            result = jax.nn.silu(gate.astype(jnp.float32)) * up
     if residual is not None:
         result = residual + result
     return result.astype(out_dtype)
@@ -64,30 +70,32 @@ def matmul(
 
 def _product(x, kernel, is_transposed: bool, num_tokens, implementation: str | None, dtype: Any) -> Float[Array, "t f"]:
     """The product alone; "xla" gives it in `dtype`, sums being float32, "numba" in float32."""
-    if implementation is None and is_packed(kernel):
-        implementation = "numba"
-    elif implementation is None:
+    if implementation is None:
         # XLA multiplies bfloat16 by AVX512-BF16; the transposed form of "numba" does not.
         is_for_unit = is_transposed and kernel.dtype == jnp.bfloat16 and cpu_has("avx512bf16") and not cpu_has_amx()
-        is_numba = not is_for_unit and _why_not_numba(kernel, is_transposed=is_transposed) is None
-        implementation = "numba" if is_numba else "xla"
+        suits = is_packed(kernel) or _why_not_numba(kernel, is_transposed=is_transposed) is None
+        implementation = "numba" if suits and not is_for_unit else "xla"
     match implementation:
-        case "xla" if is_packed(kernel):
-            raise NotImplementedError("implementation='xla' cannot read a packed kernel")
         case "xla":
             # bfloat16 operands double the rate on CPUs with AVX512-BF16; a bfloat16 result does not.
             dims = (((1,), (1 if is_transposed else 0,)), ((), ()))
             return jax.lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
         case "numba":
-            reason = _why_not_numba(kernel, is_transposed=is_transposed)
-            if reason is not None:
-                raise NotImplementedError(f"implementation='numba' {reason}")
-            from pallas_kernels.matmul import numba_cpu  # takes a second, too
-
-            count = jnp.int32(x.shape[0]) if num_tokens is None else num_tokens
-            return numba_cpu.matmul(x, kernel, count, is_transposed=is_transposed)
+            return _numba(x, kernel, is_transposed, num_tokens)
         case _:
             raise NotImplementedError(f"implementation={implementation!r} is none of 'mosaic_gpu', 'numba', 'xla'")
+
+
+def _numba(x, kernel, is_transposed: bool, num_tokens) -> Float[Array, "t f"]:
+    reason = _why_not_numba(kernel, is_transposed=is_transposed)
+    if reason is not None:
+        raise NotImplementedError(f"implementation='numba' {reason}")
+    from pallas_kernels.matmul import numba_cpu  # takes a second, too
+
+    count = jnp.int32(x.shape[0]) if num_tokens is None else num_tokens
+    if kernel.ndim == 3:
+        return numba_cpu.gated(x, kernel, count)
+    return numba_cpu.matmul(x, kernel, count, is_transposed=is_transposed)
 
 
 def _why_not_mosaic(x, kernel) -> str | None:
@@ -104,9 +112,9 @@ def _why_not_numba(kernel, *, is_transposed: bool = False) -> str | None:
     """What keeps `numba_cpu` from the call, None if nothing does."""
     if platform() != "cpu":
         return f"runs on 'cpu', not on {platform()!r}"
-    rows, columns = kernel.shape[::-1] if is_transposed else kernel.shape
     if is_packed(kernel):
-        return None if unit(rows) and columns % PANEL == 0 else "cannot read a kernel that another CPU packed"
+        return None if unit(kernel.shape[0]) else "cannot read a kernel that another CPU packed"
+    rows, columns = kernel.shape[::-1] if is_transposed else kernel.shape
     if kernel.dtype not in (jnp.bfloat16, jnp.float32):
         return f"needs a bfloat16 or float32 kernel, not {kernel.dtype.name} {list(kernel.shape)}"
     if columns % PANEL or rows % (SQUARE if is_transposed else 2):

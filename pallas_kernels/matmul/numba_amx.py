@@ -18,7 +18,8 @@ from jaxtyping import Array, BFloat16
 
 from pallas_kernels.matmul.numba_bfloat16 import pack_panel
 from pallas_kernels.matmul.numba_float32 import turn_square
-from pallas_kernels.matmul.packed import AMX_DEPTH, PANEL
+from pallas_kernels.matmul.numba_gated import gate_rows
+from pallas_kernels.matmul.packed import AMX_DEPTH, GATED_COLUMNS, PANEL
 from pallas_kernels.matmul.panels import (
     INT64,
     KERNEL,
@@ -133,23 +134,25 @@ def _tiles(typing_context, left, left_stride, panel, num_steps, out, out_stride,
 
 
 @typing.no_type_check
-def make_work(sources, is_packed):
-    """The work on a kernel [c, f], packed or not: for each panel, runs all tokens through it."""
-
+def make_work(sources, form):
+    """The work on a kernel in a form ("plain", "packed", "gated"; see `packed.py`): for each panel, runs all tokens through it."""
+    is_packed, is_gated = form != "plain", form == "gated"
     lines, half_lines = (32, 16) if is_packed else (0, 0)
+    panel_out_bytes, column_bytes = (2 * GATED_COLUMNS, 2) if is_gated else (4 * PANEL, 4)
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
     @typing.no_type_check
     def work(job_at, first, stop):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         x, num_tokens, num_rows, width = job[X], job[NUM_TOKENS], job[NUM_ROWS], job[WIDTH]
-        x_stride, out_stride, panel_bytes = 2 * width, 4 * job[NUM_COLUMNS], 2 * PANEL * width
+        x_stride, out_stride, panel_bytes = 2 * width, column_bytes * job[NUM_COLUMNS], 2 * PANEL * width
         num_steps, rows = width // DEPTH, min(num_rows, ROWS)
-        buffer_ = np.empty((0 if is_packed else width * PANEL) + 64, np.int16)
-        packed = (buffer_.ctypes.data + 63) // 64 * 64
-        _configure(packed, rows)
+        buffer_ = np.empty((0 if is_packed else width * PANEL) + 4 * ROWS * PANEL + 32, np.int16)
+        sums = (buffer_.ctypes.data + 63) // 64 * 64
+        packed = sums + 2 * 4 * ROWS * PANEL
+        _configure(sums, rows)
         for panel in range(first, stop):
-            out = job[OUT] + 4 * PANEL * panel
+            out = job[OUT] + panel_out_bytes * panel
             if is_packed:
                 packed = job[KERNEL] + panel_bytes * panel
             elif num_tokens > 0:
@@ -157,20 +160,25 @@ def make_work(sources, is_packed):
             for token in range(0, num_tokens, 2 * ROWS):
                 # The last block begins where it ends with the array: tokens computed twice come out the same.
                 one, two = min(token, num_rows - rows), min(token + ROWS, num_rows - rows)
+                has_two = num_tokens - token > ROWS
                 lefts, outs = (x + x_stride * one, x + x_stride * two), (out + out_stride * one, out + out_stride * two)
+                targets, stride = ((sums, sums + 4 * ROWS * PANEL), 4 * PANEL) if is_gated else (outs, out_stride)
                 later = packed + AHEAD * panel_bytes  # all of it in one pass, or a half in each of the first two
-                if num_tokens <= ROWS:
-                    _tiles(lefts, x_stride, packed, num_steps, outs, out_stride, later, 1, lines)
-                elif num_tokens <= 2 * ROWS:
-                    _tiles(lefts, x_stride, packed, num_steps, outs, out_stride, later, 2, lines)
-                elif num_tokens - token <= ROWS:
-                    _tiles(
-                        lefts, x_stride, packed, num_steps, outs, out_stride, later + panel_bytes // 2, 1, half_lines
-                    )
-                else:
+                if num_tokens > 2 * ROWS:
                     later += panel_bytes // 2 * min(token, 1)
-                    _tiles(lefts, x_stride, packed, num_steps, outs, out_stride, later, 2, half_lines)
-            clear_padding(out, out_stride, num_tokens, num_rows)
+                    if has_two:
+                        _tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, half_lines)
+                    else:
+                        _tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, half_lines)
+                elif has_two:
+                    _tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, lines)
+                else:
+                    _tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, lines)
+                if is_gated:
+                    gate_rows(targets[0], rows, outs[0], out_stride)
+                    if has_two:
+                        gate_rows(targets[1], rows, outs[1], out_stride)
+            clear_padding(out, out_stride, num_tokens, num_rows, panel_out_bytes)
         _release_tiles()
         buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 
@@ -213,7 +221,7 @@ def make_transposed_work(sources):
                     array(out + out_stride * (token + row), np.float32, PANEL)[:] = array(
                         turned + 4 * PANEL * row, np.float32, PANEL
                     )
-            clear_padding(out, out_stride, num_tokens, num_rows)
+            clear_padding(out, out_stride, num_tokens, num_rows, 4 * PANEL)
         _release_tiles()
         buffer_[0] = 0
 

@@ -12,7 +12,8 @@ import numba.core.cgutils
 import numba.extending
 import numpy as np
 
-from pallas_kernels.matmul.packed import PANEL
+from pallas_kernels.matmul.numba_gated import BFloat, gate_rows
+from pallas_kernels.matmul.packed import GATED_COLUMNS, PANEL
 from pallas_kernels.matmul.panels import (
     INT64,
     KERNEL,
@@ -31,19 +32,13 @@ from pallas_kernels.numba_ffi import Work, array, fetch_line, prefetch
 
 AHEAD = 2  # panels: with two threads the next panel of this one is the one after the next
 
-
-class _BFloat(llvmlite.ir.Type):
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    def _to_string(self):
-        return "bfloat"
-
+MOST_TOKENS = 12  # at a time: 24 sums, 2 weights and 1 activation nearly fill the 32 registers
 
 FLOAT = llvmlite.ir.FloatType()
 SUMS = llvmlite.ir.VectorType(FLOAT, 16)
 WORDS = llvmlite.ir.VectorType(WORD, 16)
 HALVES = llvmlite.ir.VectorType(llvmlite.ir.IntType(16), 32)
-PAIRS = llvmlite.ir.VectorType(_BFloat(), 32)
+PAIRS = llvmlite.ir.VectorType(BFloat(), 32)
 
 
 @numba.extending.intrinsic
@@ -120,46 +115,52 @@ def pack_panel(source, row_bytes, num_pairs, packed):
 
 
 @typing.no_type_check
-def make_work(sources, is_packed):
-    """The work on a kernel [c, f], packed or not: for each panel, runs all tokens through it."""
+def make_work(sources, form):
+    """The work on a kernel in a form ("plain", "packed", "gated"; see `packed.py`): for each panel, runs all tokens through it."""
+    is_packed, is_gated = form != "plain", form == "gated"
+    panel_out_bytes, column_bytes = (2 * GATED_COLUMNS, 2) if is_gated else (4 * PANEL, 4)
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
     @typing.no_type_check
     def work(job_at, first, stop):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
-        x, kernel, out = job[X], job[KERNEL], job[OUT]
-        num_tokens, num_pairs, row_bytes = job[NUM_TOKENS], job[WIDTH] // 2, 2 * job[NUM_COLUMNS]
-        x_stride, out_stride, panel_bytes = 4 * num_pairs, 2 * row_bytes, 4 * PANEL * num_pairs
-        buffer_ = np.empty((0 if is_packed else num_pairs * 2 * PANEL) + 32, np.int16)
-        packed = (buffer_.ctypes.data + 63) // 64 * 64
+        num_tokens, num_pairs, out_stride = job[NUM_TOKENS], job[WIDTH] // 2, column_bytes * job[NUM_COLUMNS]
+        x_stride, panel_bytes = 4 * num_pairs, 4 * PANEL * num_pairs
+        buffer_ = np.empty((0 if is_packed else num_pairs * 2 * PANEL) + 2 * MOST_TOKENS * PANEL + 32, np.int16)
+        sums = (buffer_.ctypes.data + 63) // 64 * 64
+        packed = sums + 4 * MOST_TOKENS * PANEL
         for panel in range(first, stop):
-            clear_padding(out + 4 * PANEL * panel, out_stride, num_tokens, job[NUM_ROWS])
+            out = job[OUT] + panel_out_bytes * panel
+            clear_padding(out, out_stride, num_tokens, job[NUM_ROWS], panel_out_bytes)
             if is_packed:
-                packed = kernel + panel_bytes * panel
+                packed = job[KERNEL] + panel_bytes * panel
             else:
-                pack_panel(kernel + 2 * PANEL * panel, row_bytes, num_pairs, packed)
-            token = 0  # 12 at a time: 24 sums, 2 weights and 1 activation nearly fill the 32 registers
+                pack_panel(job[KERNEL] + 2 * PANEL * panel, 2 * job[NUM_COLUMNS], num_pairs, packed)
+            token = 0
             while token < num_tokens:
                 left = num_tokens - token
-                activations = x + x_stride * token
-                sums = out + 4 * PANEL * panel + out_stride * token
+                x, here = job[X] + x_stride * token, out + out_stride * token
+                target, stride = (sums, 4 * PANEL) if is_gated else (here, out_stride)
                 # What a later panel needs: a half in the first pass, the other in those that follow.
                 later = packed + panel_bytes * AHEAD + panel_bytes // 2 * min(token, 1) if is_packed else packed
-                if left >= 12 and left != 16:
-                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, later, 12)
-                    token += 12
+                if left >= MOST_TOKENS and left != 16:
+                    count = MOST_TOKENS
+                    _tile(x, x_stride, packed, num_pairs, target, stride, later, MOST_TOKENS)
                 elif left >= 8:
-                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, later, 8)
-                    token += 8
+                    count = 8
+                    _tile(x, x_stride, packed, num_pairs, target, stride, later, 8)
                 elif left >= 4:
-                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, later, 4)
-                    token += 4
+                    count = 4
+                    _tile(x, x_stride, packed, num_pairs, target, stride, later, 4)
                 elif left >= 2:
-                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, later, 2)
-                    token += 2
+                    count = 2
+                    _tile(x, x_stride, packed, num_pairs, target, stride, later, 2)
                 else:
-                    _tile(activations, x_stride, packed, num_pairs, sums, out_stride, later, 1)
-                    token += 1
+                    count = 1
+                    _tile(x, x_stride, packed, num_pairs, target, stride, later, 1)
+                if is_gated:
+                    gate_rows(target, count, here, out_stride)
+                token += count
         buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 
     return work

@@ -4,9 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32, UInt16
+from jaxtyping import Array, BFloat16, Float, Float32, Int32, UInt16
 
-from pallas_kernels.matmul import numba_amx, numba_bfloat16, numba_float32, packed, panels
+from pallas_kernels import numba_math
+from pallas_kernels.matmul import numba_amx, numba_bfloat16, numba_float32, numba_gated, packed, panels
 from pallas_kernels.numba_ffi import fingerprint, register
 
 
@@ -21,13 +22,22 @@ def matmul(
 
     Sums are float32.  A token's result does not depend on the other tokens, to the last bit.
     """
-    num_rows, num_columns = x.shape[0], kernel.shape[0 if is_transposed else 1]
-    unit = unit_for(kernel, is_transposed)
+    unit, num_columns = unit_for(kernel, is_transposed), kernel.shape[0 if is_transposed else 1]
     x = x.astype(jnp.float32 if unit == "float32" else jnp.bfloat16)
+    form = "transposed" if is_transposed else "packed" if packed.is_packed(kernel) else "plain"
+    out = jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.float32)
     if unit == "amx" and is_transposed:
         x = numba_amx.pack_tokens(x)
-    out = jax.ShapeDtypeStruct((num_rows, num_columns), jnp.float32)
-    return jax.ffi.ffi_call(_target(kernel.dtype.name, unit, is_transposed), out)(x, kernel, num_tokens)
+    return jax.ffi.ffi_call(_target(kernel.dtype.name, unit, form), out)(x, kernel, num_tokens)
+
+
+def gated(
+    x: Float[Array, "t c"], kernel: UInt16[Array, "c 2 f"], num_tokens: Int32[Array, ""]
+) -> BFloat16[Array, "t f"]:
+    """`silu(gate x) * (up x)` of a packed kernel, otherwise as `matmul`."""
+    out = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[2]), jnp.bfloat16)
+    target = _target(kernel.dtype.name, unit_for(kernel, False), "gated")
+    return jax.ffi.ffi_call(target, out)(x.astype(jnp.bfloat16), kernel, num_tokens)
 
 
 def unit_for(kernel, is_transposed: bool) -> str:
@@ -39,16 +49,21 @@ def unit_for(kernel, is_transposed: bool) -> str:
 
 
 @functools.cache
-def _target(dtype: str, unit: str, is_transposed: bool) -> str:
-    name = f"matmul_{dtype}_in_{unit}{'_transposed' if is_transposed else ''}"
-    sources = fingerprint(panels.__file__, numba_amx.__file__, numba_bfloat16.__file__, numba_float32.__file__)
-    is_packed = dtype == "uint16"
+def _target(dtype: str, unit: str, form: str) -> str:
+    """Makes XLA know the product of kernels of a dtype in a form ("transposed", "plain", "packed", "gated"); returns its name."""
+    name = f"matmul_{form}_{dtype}_in_{unit}"
+    modules = panels, numba_amx, numba_bfloat16, numba_float32, numba_gated, numba_math
+    sources = fingerprint(*(module.__file__ for module in modules))
+    is_transposed = form == "transposed"
     match unit:
         case "amx":
-            work = numba_amx.make_transposed_work(sources) if is_transposed else numba_amx.make_work(sources, is_packed)
+            work = numba_amx.make_transposed_work(sources) if is_transposed else numba_amx.make_work(sources, form)
         case "avx512bf16":
-            work = numba_bfloat16.make_work(sources, is_packed)
+            work = numba_bfloat16.make_work(sources, form)
         case _:
             work = numba_float32.make_work(sources, jnp.dtype(dtype).itemsize, 1 if is_transposed else 0)
-    register(name, panels.make_describe(sources), work, num_words=panels.NUM_WORDS, items_per_turn=1)
+    is_gated = form == "gated"
+    describe = panels.make_describe(sources, packed.GATED_COLUMNS if is_gated else packed.PANEL)
+    # Two panels of gate and up give a whole line of the cache, which two threads had better not share.
+    register(name, describe, work, num_words=panels.NUM_WORDS, items_per_turn=2 if is_gated else 1)
     return name

@@ -178,7 +178,7 @@ def make_work(sources, element_bytes, is_transposed):
         fetch_stride = PANEL * element_bytes if is_transposed else row_stride
         for panel in range(first, stop):
             out = job[OUT] + 4 * PANEL * panel
-            clear_padding(out, out_stride, num_tokens, job[NUM_ROWS])
+            clear_padding(out, out_stride, num_tokens, job[NUM_ROWS], 4 * PANEL)
             if num_tokens == 0:
                 continue
             source = kernel + panel_stride * panel

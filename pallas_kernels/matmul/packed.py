@@ -1,7 +1,8 @@
 """How does a kernel lie in memory so that a CPU's unit for bfloat16 reads it as it goes?  In panels of columns, rows in pairs.
 
 A packed kernel keeps its shape; its dtype, uint16 for bfloat16's bits, tells that it is packed, and keeps it from all but `matmul`.
-In memory it is [f / 32 panels, c / 2 pairs of rows, 32 columns, 2 rows], of the kernel as a matrix [c, f].
+In memory it is [f / 32 panels, c / 2 pairs of rows, 32 columns, 2 rows], of the kernel as a matrix [c, f].  A panel of a kernel
+[c, 2, f] has 16 columns of gate and, after them, the same of up.
 """
 
 import functools
@@ -15,6 +16,8 @@ from pallas_kernels.device import cpu_has, cpu_has_amx, platform
 
 PANEL = 32
 """Columns of a panel."""
+GATED_COLUMNS = PANEL // 2
+"""Columns of the result that a panel of gate and up gives."""
 AMX_DEPTH = 32
 """Rows that AMX multiplies at a time: a kernel's number of rows must be a multiple."""
 
@@ -37,28 +40,36 @@ def operand_dtype(kernel) -> jnp.dtype:
 
 
 def pack(
-    kernel: Float[Array, "*c f"] | UInt16[Array, "*c f"], num_axes: int
-) -> Float[Array, "*c f"] | UInt16[Array, "*c f"]:
+    kernel: Float[Array, "..."] | UInt16[Array, "..."], num_axes: int
+) -> Float[Array, "..."] | UInt16[Array, "..."]:
     """The kernel packed, if this CPU has a unit that reads it so; else the kernel as it is.
 
+    kernel: a matrix [c, f], either axis as one or several; or [c, 2, f], gate and up.
     num_axes: leading axes that are the rows of the matrix; the others are its columns.
     """
     num_rows = math.prod(kernel.shape[:num_axes])
-    num_columns = math.prod(kernel.shape[num_axes:])
-    suits = kernel.dtype == jnp.bfloat16 and num_columns % PANEL == 0
+    suits = kernel.dtype == jnp.bfloat16 and kernel.shape[-1] % (GATED_COLUMNS if is_gated(kernel) else PANEL) == 0
     if not suits or platform() != "cpu" or unit(num_rows) is None:
         return kernel
     return _pack(kernel, num_rows)
 
 
+def is_gated(kernel) -> bool:
+    """Whether the kernel is one of gate and up, [c, 2, f]."""
+    return kernel.ndim == 3 and kernel.shape[1] == 2
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _pack(kernel, num_rows: int):
-    bits = jax.lax.bitcast_convert_type(kernel, jnp.uint16).reshape(num_rows // 2, 2, -1, PANEL)
+    columns = kernel.reshape(num_rows, 2, -1, GATED_COLUMNS).swapaxes(1, 2) if is_gated(kernel) else kernel
+    bits = jax.lax.bitcast_convert_type(columns, jnp.uint16).reshape(num_rows // 2, 2, -1, PANEL)
     return bits.transpose(2, 0, 3, 1).reshape(kernel.shape)
 
 
-def unpack(kernel: UInt16[Array, "*c f"], num_axes: int) -> BFloat16[Array, "*c f"]:
+def unpack(kernel: UInt16[Array, "..."], num_axes: int) -> BFloat16[Array, "..."]:
     """What was packed."""
-    num_rows, num_columns = math.prod(kernel.shape[:num_axes]), math.prod(kernel.shape[num_axes:])
-    panels = kernel.reshape(num_columns // PANEL, num_rows // 2, PANEL, 2).transpose(1, 3, 0, 2)
-    return jax.lax.bitcast_convert_type(panels.reshape(kernel.shape), jnp.bfloat16)
+    num_rows = math.prod(kernel.shape[:num_axes])
+    columns = kernel.reshape(-1, num_rows // 2, PANEL, 2).transpose(1, 3, 0, 2)
+    if is_gated(kernel):
+        columns = columns.reshape(num_rows, -1, 2, GATED_COLUMNS).swapaxes(1, 2)
+    return jax.lax.bitcast_convert_type(columns.reshape(kernel.shape), jnp.bfloat16)

@@ -6,7 +6,6 @@ import llvmlite.ir
 import numba
 import numpy as np
 
-from pallas_kernels.matmul.packed import PANEL
 from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, array, buffer
 
 X, KERNEL, OUT, NUM_TOKENS, NUM_ROWS, WIDTH, NUM_COLUMNS, NUM_WORDS = range(8)
@@ -14,8 +13,8 @@ INT64, WORD = llvmlite.ir.IntType(64), llvmlite.ir.IntType(32)
 
 
 @typing.no_type_check
-def make_describe(sources):
-    """Reads what a call is about off its frame; an item of work is a panel."""
+def make_describe(sources, num_columns):
+    """Reads what a call is about off its frame; an item of work is a panel, which gives `num_columns` columns of the result."""
 
     @numba.cfunc(Describe, cache=True)
     def describe(frame_at, job_at):
@@ -26,17 +25,17 @@ def make_describe(sources):
         job[WIDTH] = array(x_dims, np.int64, 2)[1]
         job[NUM_ROWS], job[NUM_COLUMNS] = array(out_dims, np.int64, 2)[0], array(out_dims, np.int64, 2)[1]
         job[NUM_TOKENS] = min(array(buffer(frame, False, 2)[0], np.int32, 1)[0], job[NUM_ROWS])
-        return job[NUM_COLUMNS] // PANEL
+        return job[NUM_COLUMNS] // num_columns
 
     return describe
 
 
 @numba.njit(forceinline=True)
 @typing.no_type_check
-def clear_padding(out, stride, first, stop):
-    """Zeroes a panel's columns of the result's rows `first` to `stop`; `out` is where the panel's first row begins."""
+def clear_padding(out, stride, first, stop, num_bytes):
+    """Zeroes a panel's columns, of `num_bytes` bytes, in the result's rows `first` to `stop`; `out` is where its first row begins."""
     for row in range(first, stop):
-        array(out + stride * row, np.float32, PANEL)[:] = 0
+        array(out + stride * row, np.uint8, num_bytes)[:] = 0
 
 
 def address(b, base, offset, element):

@@ -14,7 +14,6 @@ import numba
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt16
 
-from pallas_kernels import numba_math
 from pallas_kernels.numba_ffi import (
     FRAME_SIZE,
     LANES,
@@ -67,7 +66,7 @@ def paged_attention(
 def _target(dtype: str, head_dim: int, group: int) -> str:
     """Compiles the handler for pages of a dtype, `group` query heads for each KV head; returns its name for XLA."""
     name = f"paged_attention_{dtype}_h{head_dim}_g{group}"
-    sources = fingerprint(__file__, numba_vectors.__file__, numba_math.__file__)
+    sources = fingerprint(__file__, numba_vectors.__file__)
     work = _make_rows(np.dtype(dtype).itemsize, head_dim, group, sources)
     register(name, _make_describe(sources), work, num_words=NUM_WORDS, items_per_turn=ROWS_PER_TURN)
     return name

@@ -21,7 +21,6 @@ from pallas_kernels.matmul.numba_float32 import turn_square
 from pallas_kernels.matmul.numba_gated import gate_rows
 from pallas_kernels.matmul.packed import AMX_DEPTH, GATED_COLUMNS, PANEL
 from pallas_kernels.matmul.panels import (
-    INT64,
     KERNEL,
     NUM_COLUMNS,
     NUM_ROWS,
@@ -33,6 +32,7 @@ from pallas_kernels.matmul.panels import (
     clear_padding,
 )
 from pallas_kernels.numba_ffi import Work, array, fetch_line
+from pallas_kernels.numba_vectors16 import INT64
 
 ROWS = 16
 """Rows of a tile: tokens of a left operand, pairs of rows of a right one."""
@@ -55,7 +55,7 @@ def _emit(b, name, *arguments):
 
 @numba.extending.intrinsic
 @typing.no_type_check
-def _set_tiles(typing_context, config):
+def _settiles(typing_context, config):
     """Takes the tiles' shapes from the 64 bytes at an int64 address."""
 
     def generate(context, builder, signature, arguments):
@@ -67,7 +67,7 @@ def _set_tiles(typing_context, config):
 
 @numba.extending.intrinsic
 @typing.no_type_check
-def _release_tiles(typing_context):
+def _releasetiles(typing_context):
     """Gives the tiles back, so that a switch of threads need not save them."""
 
     def generate(context, builder, signature, arguments):
@@ -79,19 +79,19 @@ def _release_tiles(typing_context):
 
 @numba.njit(forceinline=True)
 @typing.no_type_check
-def _configure(at, num_rows):
+def configure(at, num_rows):
     """Gives tiles of sums and left operands `num_rows` rows, those of right operands 16; rows of 64 bytes."""
     array(at, np.int64, 8)[:] = 0
     array(at, np.uint8, 64)[0] = 1
     array(at + 16, np.uint16, 8)[:] = 64
     array(at + 48, np.uint8, 6)[:] = num_rows
     array(at + 54, np.uint8, 2)[:] = ROWS
-    _set_tiles(at)
+    _settiles(at)
 
 
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def _tiles(typing_context, left, left_stride, panel, num_steps, out, out_stride, later, num_blocks, num_lines):
+def tiles(typing_context, left, left_stride, panel, num_steps, out, out_stride, later, num_blocks, num_lines):
     """Sums of `num_blocks` (1 or 2) blocks of rows with one packed panel, 32 products at a time.
 
     left, out: addresses of the blocks.  later: in each step `num_lines` lines of 64 bytes from there on are brought near.
@@ -150,7 +150,7 @@ def make_work(sources, form):
         buffer_ = np.empty((0 if is_packed else width * PANEL) + 4 * ROWS * PANEL + 32, np.int16)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
         packed = sums + 2 * 4 * ROWS * PANEL
-        _configure(sums, rows)
+        configure(sums, rows)
         for panel in range(first, stop):
             out = job[OUT] + panel_out_bytes * panel
             if is_packed:
@@ -167,19 +167,19 @@ def make_work(sources, form):
                 if num_tokens > 2 * ROWS:
                     later += panel_bytes // 2 * min(token, 1)
                     if has_two:
-                        _tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, half_lines)
+                        tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, half_lines)
                     else:
-                        _tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, half_lines)
+                        tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, half_lines)
                 elif has_two:
-                    _tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, lines)
+                    tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, lines)
                 else:
-                    _tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, lines)
+                    tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, lines)
                 if is_gated:
                     gate_rows(targets[0], rows, outs[0], out_stride)
                     if has_two:
                         gate_rows(targets[1], rows, outs[1], out_stride)
             clear_padding(out, out_stride, num_tokens, num_rows, panel_out_bytes)
-        _release_tiles()
+        _releasetiles()
         buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 
     return work
@@ -205,14 +205,14 @@ def make_transposed_work(sources):
         buffer_ = np.empty(2 * PANEL * PANEL + 16, np.float32)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
         turned = sums + 4 * PANEL * PANEL
-        _configure(sums, ROWS)
+        configure(sums, ROWS)
         for panel in range(first, stop):
             kernel, out = job[KERNEL] + PANEL * row_bytes * panel, job[OUT] + 4 * PANEL * panel
             for token in range(0, num_tokens, PANEL):
                 later = kernel + AHEAD * PANEL * row_bytes
                 lefts, outs = (kernel, kernel + ROWS * row_bytes), (sums, sums + 4 * PANEL * ROWS)
                 tokens = job[X] + token * row_bytes
-                _tiles(lefts, row_bytes, tokens, width // DEPTH, outs, 4 * PANEL, later, 2, 32)
+                tiles(lefts, row_bytes, tokens, width // DEPTH, outs, 4 * PANEL, later, 2, 32)
                 for column in range(0, PANEL, ROWS):
                     for row in range(0, PANEL, ROWS):
                         source, target = 4 * (PANEL * column + row), 4 * (PANEL * row + column)
@@ -222,7 +222,7 @@ def make_transposed_work(sources):
                         turned + 4 * PANEL * row, np.float32, PANEL
                     )
             clear_padding(out, out_stride, num_tokens, num_rows, 4 * PANEL)
-        _release_tiles()
+        _releasetiles()
         buffer_[0] = 0
 
     return work

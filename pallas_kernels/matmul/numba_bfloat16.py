@@ -12,10 +12,9 @@ import numba.core.cgutils
 import numba.extending
 import numpy as np
 
-from pallas_kernels.matmul.numba_gated import BFloat, gate_rows
+from pallas_kernels.matmul.numba_gated import gate_rows
 from pallas_kernels.matmul.packed import GATED_COLUMNS, PANEL
 from pallas_kernels.matmul.panels import (
-    INT64,
     KERNEL,
     NUM_COLUMNS,
     NUM_ROWS,
@@ -23,12 +22,11 @@ from pallas_kernels.matmul.panels import (
     NUM_WORDS,
     OUT,
     WIDTH,
-    WORD,
     X,
-    address,
     clear_padding,
 )
 from pallas_kernels.numba_ffi import Work, array, fetch_line, prefetch
+from pallas_kernels.numba_vectors16 import INT64, WORD, BFloat, address
 
 AHEAD = 2  # panels: with two threads the next panel of this one is the one after the next
 
@@ -43,7 +41,7 @@ PAIRS = llvmlite.ir.VectorType(BFloat(), 32)
 
 @numba.extending.intrinsic
 @typing.no_type_check
-def _pack_pair(typing_context, source, next_source, target):
+def pack_pair(typing_context, source, next_source, target):
     """32 values of each of two rows, interleaved."""
 
     def generate(context, builder, signature, arguments):
@@ -111,7 +109,7 @@ def pack_panel(source, row_bytes, num_pairs, packed):
     for k in range(0, 2 * num_pairs, 2):
         prefetch(source + k * row_bytes + AHEAD * 2 * PANEL, 64)
         prefetch(source + (k + 1) * row_bytes + AHEAD * 2 * PANEL, 64)
-        _pack_pair(source + k * row_bytes, source + (k + 1) * row_bytes, packed + k * 2 * PANEL)
+        pack_pair(source + k * row_bytes, source + (k + 1) * row_bytes, packed + k * 2 * PANEL)
 
 
 @typing.no_type_check

@@ -16,7 +16,6 @@ import numpy as np
 
 from pallas_kernels.matmul.packed import PANEL
 from pallas_kernels.matmul.panels import (
-    INT64,
     KERNEL,
     NUM_COLUMNS,
     NUM_ROWS,
@@ -24,12 +23,11 @@ from pallas_kernels.matmul.panels import (
     NUM_WORDS,
     OUT,
     WIDTH,
-    WORD,
     X,
-    address,
     clear_padding,
 )
 from pallas_kernels.numba_ffi import LANES, Work, array, fetch_line
+from pallas_kernels.numba_vectors16 import INT64, WORD, address
 
 ROWS = 12 if LANES == 16 else 6  # tokens of a tile: 24 of 32 registers hold sums, or 12 of 16
 TILE = 2 * LANES  # columns of a tile

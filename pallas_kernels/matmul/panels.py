@@ -2,14 +2,12 @@
 
 import typing
 
-import llvmlite.ir
 import numba
 import numpy as np
 
 from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, array, buffer
 
 X, KERNEL, OUT, NUM_TOKENS, NUM_ROWS, WIDTH, NUM_COLUMNS, NUM_WORDS = range(8)
-INT64, WORD = llvmlite.ir.IntType(64), llvmlite.ir.IntType(32)
 
 
 @typing.no_type_check
@@ -36,9 +34,3 @@ def clear_padding(out, stride, first, stop, num_bytes):
     """Zeroes a panel's columns, of `num_bytes` bytes, in the result's rows `first` to `stop`; `out` is where its first row begins."""
     for row in range(first, stop):
         array(out + stride * row, np.uint8, num_bytes)[:] = 0
-
-
-def address(b, base, offset, element):
-    """Where the `element` at `offset` bytes (an int64 or a constant) from an int64 address lies."""
-    offset = offset if isinstance(offset, llvmlite.ir.Value) else INT64(offset)
-    return b.inttoptr(b.add(base, offset), element.as_pointer())

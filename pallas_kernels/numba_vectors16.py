@@ -49,13 +49,28 @@ def load(b, base, offset):
 
 
 def store_rounded(b, value, base, offset):
-    """16 values as bfloat16, rounded to the nearest even."""
-    b.store(b.fptrunc(value, ROUNDED), address(b, base, offset, ROUNDED), align=2)
+    """16 values as bfloat16, rounded to the nearest even; returns what that leaves out."""
+    rounded = b.fptrunc(value, ROUNDED)
+    b.store(rounded, address(b, base, offset, ROUNDED), align=2)
+    return b.fsub(value, b.fpext(rounded, FLOATS))
 
 
-def exp(b, x):
-    """e**x, with x held between -87 and 88."""
-    x = call(b, "minnum", call(b, "maxnum", x, constant(-87)), constant(88))
+def store_parts(b, value, base, offset, part, num_parts):
+    """16 values as the sum of `num_parts` numbers in bfloat16, `part` bytes apart."""
+    for i in range(num_parts):
+        value = store_rounded(b, value, base, b.add(offset, b.mul(part, INT64(i))))
+
+
+def larger(b, bound, x):
+    """The larger one, in one instruction; what is not a number stays in `x`."""
+    return b.select(b.fcmp_ordered(">", bound, x), bound, x)
+
+
+def exp(b, x, *, is_negative=False):
+    """e**x, with x held between -87 and, unless it `is_negative` anyway, 88."""
+    x = larger(b, constant(-87), x)
+    if not is_negative:
+        x = b.select(b.fcmp_ordered("<", constant(88), x), constant(88), x)
     n = call(b, "rint", b.fmul(x, constant(1 / math.log(2))))
     r = call(b, "fma", n, constant(-0.693359375), x)  # log(2) in two parts
     r = call(b, "fma", n, constant(2.12194440e-4), r)
@@ -66,56 +81,77 @@ def exp(b, x):
     return b.bitcast(b.add(b.bitcast(y, WORDS), exponent), FLOATS)
 
 
-@numba.extending.intrinsic
+def splat(b, value, vector):
+    """A scalar in all lanes of a vector of that type."""
+    first = b.insert_element(llvmlite.ir.Constant(vector, llvmlite.ir.Undefined), value, WORD(0))
+    return b.shuffle_vector(first, first, WORDS([0] * WIDTH))
+
+
+@numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def round_row(typing_context, source, target, num_vectors):
-    """16 * `num_vectors` values of float32 to bfloat16; both addresses are int64."""
+def split_row(typing_context, source, target, num_vectors, part, num_parts):
+    """16 * `num_vectors` values of float32 as sums of `num_parts` (a constant) in bfloat16, `part` bytes apart; int64 all."""
+    count = num_parts
+    if not isinstance(count, numba.types.IntegerLiteral):
+        return None
 
     def generate(context, builder, signature, arguments):
         b = builder
-        source, target, num_vectors = arguments
+        source, target, num_vectors, part = arguments[:4]
         with numba.core.cgutils.for_range(b, num_vectors) as loop:
             value = load(b, source, b.mul(loop.index, INT64(4 * WIDTH)))
-            store_rounded(b, value, target, b.mul(loop.index, INT64(2 * WIDTH)))
+            store_parts(b, value, target, b.mul(loop.index, INT64(2 * WIDTH)), part, count.literal_value)
         return context.get_dummy_value()
 
-    return numba.types.void(*(numba.types.int64,) * 3), generate
+    return numba.types.void(*(numba.types.int64,) * 4, count), generate
 
 
-@numba.extending.intrinsic
+@numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def softmax_row(typing_context, scores, num_keys, num_vectors, weights):
-    """exp(score - highest) of the first `num_keys` (at least 1) scores as bfloat16, zero after them; returns their float32 sum.
+def softmax_row(typing_context, scores, num_keys, num_vectors, weights, part, num_parts):
+    """exp(score - highest) of the first `num_keys` (at least 1) scores, zero after them; returns their float32 sum.
 
-    `num_vectors` vectors of 16 are written; addresses are int64.
+    16 * `num_vectors` weights are written, as `split_row` does; addresses are int64.
     """
+    count = num_parts
+    if not isinstance(count, numba.types.IntegerLiteral):
+        return None
 
     def generate(context, builder, signature, arguments):
         b = builder
-        scores, num_keys, num_vectors, weights = arguments
-        lanes = llvmlite.ir.Constant(WORDS, list(range(WIDTH)))
-
-        def visible(index):
-            left = b.trunc(b.sub(num_keys, b.mul(index, INT64(WIDTH))), WORD)
-            first = b.insert_element(llvmlite.ir.Constant(WORDS, llvmlite.ir.Undefined), left, WORD(0))
-            return b.icmp_signed("<", lanes, b.shuffle_vector(first, first, WORDS([0] * WIDTH)))
-
+        scores, num_keys, num_vectors, weights, part = arguments[:5]
         peaks, sums = (numba.core.cgutils.alloca_once(b, FLOATS) for _ in range(2))
         b.store(constant("-inf"), peaks)
         b.store(constant(0), sums)
-        last = b.udiv(b.add(num_keys, INT64(WIDTH - 1)), INT64(WIDTH))
-        with numba.core.cgutils.for_range(b, last) as loop:
-            value = load(b, scores, b.mul(loop.index, INT64(4 * WIDTH)))
-            value = b.select(visible(loop.index), value, constant("-inf"))
-            b.store(call(b, "maxnum", b.load(peaks), value), peaks)
-        peak = call(b, "vector.reduce.fmax", b.load(peaks), returns=FLOAT)
-        first = b.insert_element(llvmlite.ir.Constant(FLOATS, llvmlite.ir.Undefined), peak, WORD(0))
-        peak = b.shuffle_vector(first, first, WORDS([0] * WIDTH))
-        with numba.core.cgutils.for_range(b, num_vectors) as loop:
-            value = exp(b, b.fsub(load(b, scores, b.mul(loop.index, INT64(4 * WIDTH))), peak))
-            value = b.select(visible(loop.index), value, constant(0))
+        num_whole = b.udiv(num_keys, INT64(WIDTH))
+        lanes = llvmlite.ir.Constant(WORDS, list(range(WIDTH)))
+        is_seen = b.icmp_signed("<", lanes, splat(b, b.trunc(b.urem(num_keys, INT64(WIDTH)), WORD), WORDS))
+
+        def scores_of(index):
+            return load(b, scores, b.mul(index, INT64(4 * WIDTH)))
+
+        def weigh(index, peak, mask=None):
+            value = exp(b, b.fsub(scores_of(index), peak), is_negative=True)
+            value = value if mask is None else b.select(mask, value, constant(0))
             b.store(b.fadd(b.load(sums), value), sums)
-            store_rounded(b, value, weights, b.mul(loop.index, INT64(2 * WIDTH)))
+            store_parts(b, value, weights, b.mul(index, INT64(2 * WIDTH)), part, count.literal_value)
+
+        with numba.core.cgutils.for_range(b, num_whole) as loop:
+            b.store(larger(b, b.load(peaks), scores_of(loop.index)), peaks)
+        has_tail = b.icmp_signed("<", num_whole, num_vectors)
+        with b.if_then(has_tail):
+            tail = b.select(is_seen, scores_of(num_whole), constant("-inf"))
+            b.store(larger(b, b.load(peaks), tail), peaks)
+        peak = splat(b, call(b, "vector.reduce.fmax", b.load(peaks), returns=FLOAT), FLOATS)
+        with numba.core.cgutils.for_range(b, num_whole) as loop:
+            weigh(loop.index, peak)
+        with b.if_then(has_tail):
+            weigh(num_whole, peak, is_seen)
+        with numba.core.cgutils.for_range_slice(b, b.add(num_whole, INT64(1)), num_vectors, INT64(1), inc=True) as (
+            index,
+            _,
+        ):
+            store_parts(b, constant(0), weights, b.mul(index, INT64(2 * WIDTH)), part, count.literal_value)
         return call(b, "vector.reduce.fadd", FLOAT(0.0), b.load(sums), returns=FLOAT)
 
-    return numba.types.float32(*(numba.types.int64,) * 4), generate
+    return numba.types.float32(*(numba.types.int64,) * 5, count), generate

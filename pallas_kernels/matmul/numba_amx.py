@@ -6,6 +6,7 @@ packed on its way into a buffer.  One that lies transposed is its own left opera
 of sums is turned as it leaves.
 """
 
+import itertools
 import typing
 
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def _emit(b, name, *arguments):
 
 @numba.extending.intrinsic
 @typing.no_type_check
-def _settiles(typing_context, config):
+def _set_tiles(typing_context, config):
     """Takes the tiles' shapes from the 64 bytes at an int64 address."""
 
     def generate(context, builder, signature, arguments):
@@ -67,7 +68,7 @@ def _settiles(typing_context, config):
 
 @numba.extending.intrinsic
 @typing.no_type_check
-def _releasetiles(typing_context):
+def release_tiles(typing_context):
     """Gives the tiles back, so that a switch of threads need not save them."""
 
     def generate(context, builder, signature, arguments):
@@ -86,25 +87,31 @@ def configure(at, num_rows):
     array(at + 16, np.uint16, 8)[:] = 64
     array(at + 48, np.uint8, 6)[:] = num_rows
     array(at + 54, np.uint8, 2)[:] = ROWS
-    _settiles(at)
+    _set_tiles(at)
 
 
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def tiles(typing_context, left, left_stride, panel, num_steps, out, out_stride, later, num_blocks, num_lines):
+def tiles(
+    typing_context, left, left_stride, panel, num_steps, out, out_stride, later, num_blocks, num_lines, num_parts, part
+):
     """Sums of `num_blocks` (1 or 2) blocks of rows with one packed panel, 32 products at a time.
 
-    left, out: addresses of the blocks.  later: in each step `num_lines` lines of 64 bytes from there on are brought near.
+    left, out: addresses of the blocks.
+    later: in each step `num_lines` lines of 64 bytes from there on are brought near, and the panel nearer, unless it is 0.
+    num_parts: a left operand is the sum of so many, which lie `part` bytes apart.
     """
-    count, lines = num_blocks, num_lines
-    if not isinstance(count, numba.types.IntegerLiteral) or not isinstance(lines, numba.types.IntegerLiteral):
+    constants = num_blocks, num_lines, num_parts
+    if not all(isinstance(number, numba.types.IntegerLiteral) for number in constants):
         return None
 
     def generate(context, builder, signature, arguments):
         b = builder
         left, left_stride, panel, num_steps, out, out_stride, later = arguments[:7]
+        count, lines, parts = (number.literal_value for number in constants)
+        part = arguments[-1]
         lefts, outs = (numba.core.cgutils.unpack_tuple(b, pair) for pair in (left, out))
-        blocks = range(count.literal_value)
+        blocks = range(count)
         for m in blocks:
             for half in range(2):
                 _emit(b, "tilezero", SUMS[2 * m + half])
@@ -113,14 +120,13 @@ def tiles(typing_context, left, left_stride, panel, num_steps, out, out_stride, 
             for half in range(2):
                 place = b.inttoptr(b.add(panel, b.add(row, INT64(64 * half))), BYTES)
                 _emit(b, "tileloadd64", RIGHT[half], place, INT64(4 * PANEL))
-            for line in range(2 * ROWS):
+            for line in range(2 * ROWS if lines else 0):
                 fetch_line(b, b.add(panel, b.add(row, INT64((2 * ROWS + line) * 64))), NEARER)
-            for line in range(lines.literal_value):
-                fetch_line(
-                    b, b.add(later, b.add(b.mul(loop.index, INT64(lines.literal_value * 64)), INT64(line * 64))), NEAR
-                )
-            for m in blocks:
-                _emit(b, "tileloadd64", LEFT[m], b.inttoptr(b.add(lefts[m], column), BYTES), left_stride)
+            for line in range(lines):
+                fetch_line(b, b.add(later, b.add(b.mul(loop.index, INT64(lines * 64)), INT64(line * 64))), NEAR)
+            for i, m in itertools.product(range(parts), blocks):  # sums of a tile are far apart: they take long
+                place = b.add(b.add(lefts[m], column), b.mul(part, INT64(i)))
+                _emit(b, "tileloadd64", LEFT[m], b.inttoptr(place, BYTES), left_stride)
                 for half in range(2):
                     _emit(b, "tdpbf16ps", SUMS[2 * m + half], LEFT[m], RIGHT[half])
         for m in blocks:
@@ -130,7 +136,7 @@ def tiles(typing_context, left, left_stride, panel, num_steps, out, out_stride, 
         return context.get_dummy_value()
 
     one, pair = numba.types.int64, numba.types.UniTuple(numba.types.int64, 2)
-    return numba.types.void(pair, one, one, one, pair, one, one, count, lines), generate
+    return numba.types.void(pair, one, one, one, pair, one, one, *constants, one), generate
 
 
 @typing.no_type_check
@@ -167,19 +173,19 @@ def make_work(sources, form):
                 if num_tokens > 2 * ROWS:
                     later += panel_bytes // 2 * min(token, 1)
                     if has_two:
-                        tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, half_lines)
+                        tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, half_lines, 1, 0)
                     else:
-                        tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, half_lines)
+                        tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, half_lines, 1, 0)
                 elif has_two:
-                    tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, lines)
+                    tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, lines, 1, 0)
                 else:
-                    tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, lines)
+                    tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, lines, 1, 0)
                 if is_gated:
                     gate_rows(targets[0], rows, outs[0], out_stride)
                     if has_two:
                         gate_rows(targets[1], rows, outs[1], out_stride)
             clear_padding(out, out_stride, num_tokens, num_rows, panel_out_bytes)
-        _releasetiles()
+        release_tiles()
         buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 
     return work
@@ -212,7 +218,7 @@ def make_transposed_work(sources):
                 later = kernel + AHEAD * PANEL * row_bytes
                 lefts, outs = (kernel, kernel + ROWS * row_bytes), (sums, sums + 4 * PANEL * ROWS)
                 tokens = job[X] + token * row_bytes
-                tiles(lefts, row_bytes, tokens, width // DEPTH, outs, 4 * PANEL, later, 2, 32)
+                tiles(lefts, row_bytes, tokens, width // DEPTH, outs, 4 * PANEL, later, 2, 32, 1, 0)
                 for column in range(0, PANEL, ROWS):
                     for row in range(0, PANEL, ROWS):
                         source, target = 4 * (PANEL * column + row), 4 * (PANEL * row + column)
@@ -222,7 +228,7 @@ def make_transposed_work(sources):
                         turned + 4 * PANEL * row, np.float32, PANEL
                     )
             clear_padding(out, out_stride, num_tokens, num_rows, 4 * PANEL)
-        _releasetiles()
+        release_tiles()
         buffer_[0] = 0
 
     return work

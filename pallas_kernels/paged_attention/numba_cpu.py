@@ -14,6 +14,9 @@ import numba
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt16
 
+from pallas_kernels import numba_vectors16
+from pallas_kernels.device import cpu_has_amx
+from pallas_kernels.matmul import numba_amx, numba_bfloat16, numba_float32
 from pallas_kernels.numba_ffi import (
     FRAME_SIZE,
     LANES,
@@ -26,7 +29,8 @@ from pallas_kernels.numba_ffi import (
     prefetch,
     register,
 )
-from pallas_kernels.paged_attention import numba_vectors
+from pallas_kernels.paged_attention import numba_chunks, numba_vectors
+from pallas_kernels.paged_attention.numba_chunks import BLOCK, attend
 from pallas_kernels.paged_attention.numba_vectors import MAX_SUMS, add_values, exponentiate, scores
 
 ROWS_PER_TURN = 1
@@ -46,8 +50,9 @@ def paged_attention(
 ) -> Float[Array, "T H h"]:
     """Attention as `api.paged_attention` defines it; products and sums in float32.
 
-    Pages of uint16 or float32, for a CPU.  Every token is a row of its own to the kernel: a token of a chunk reads the chunk's
-    pages again, out of the cores' caches.  Its result depends on that token's row alone, to the last bit.
+    Pages of uint16 or float32, for a CPU.  Where the matrix unit (AMX) takes the pages, it does chunks (`numba_chunks`), operands
+    rounded to bfloat16.  Else every token is a row of its own to the kernel: a token of a chunk reads the chunk's pages again, out of
+    the cores' caches.  Either way a token's result depends on that token's row alone, to the last bit.
     """
     del num_decode
     num_tokens, num_heads, head_dim = q.shape
@@ -55,69 +60,115 @@ def paged_attention(
     row = jnp.searchsorted(cu_q_lens[1:], token, side="right", method="compare_all")
     row = jnp.minimum(row, kv_lens.shape[0] - 1)
     num_visible = jnp.where(token < cu_q_lens[-1], kv_lens[row] - cu_q_lens[row + 1] + token + 1, 0)
-    target = _target(k_pages.dtype.name, head_dim, num_heads // k_pages.shape[2])
+    is_in_chunk = cu_q_lens[row + 1] - cu_q_lens[row] >= numba_chunks.MIN_CHUNK
+    page_size = k_pages.shape[3]
+    has_unit = cpu_has_amx() and numba_chunks.why_not(k_pages.dtype.name, head_dim, page_size) is None
+    target = _target(k_pages.dtype.name, head_dim, num_heads // k_pages.shape[2], has_unit)
     call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(q.shape, jnp.float32))
     query = q.astype(jnp.float32) * jnp.float32(sm_scale)
-    out = call(query, k_pages, v_pages, num_visible, page_indices[row], layer=np.int64(layer))
+    rows = jnp.stack([num_visible, row, is_in_chunk.astype(jnp.int32)])
+    out = call(query, k_pages, v_pages, rows, page_indices, layer=np.int64(layer))
     return out.astype(q.dtype)
 
 
 @functools.cache
-def _target(dtype: str, head_dim: int, group: int) -> str:
-    """Compiles the handler for pages of a dtype, `group` query heads for each KV head; returns its name for XLA."""
-    name = f"paged_attention_{dtype}_h{head_dim}_g{group}"
-    sources = fingerprint(__file__, numba_vectors.__file__)
-    work = _make_rows(np.dtype(dtype).itemsize, head_dim, group, sources)
-    register(name, _make_describe(sources), work, num_words=NUM_WORDS, items_per_turn=ROWS_PER_TURN)
+def _target(dtype: str, head_dim: int, group: int, has_unit: bool) -> str:
+    """Compiles the handler for pages of a dtype, `group` query heads for each KV head; returns its name for XLA.
+
+    has_unit: chunks are for the matrix unit.
+    """
+    name = f"paged_attention_{dtype}_h{head_dim}_g{group}{'_amx' if has_unit else ''}"
+    modules = numba_vectors, numba_chunks, numba_amx, numba_bfloat16, numba_float32, numba_vectors16
+    sources = fingerprint(__file__, *(module.__file__ for module in modules))
+    work = _make_rows(np.dtype(dtype).itemsize, head_dim, group, has_unit, sources)
+    register(name, _make_describe(has_unit, sources), work, num_words=NUM_WORDS, items_per_turn=ROWS_PER_TURN)
     return name
 
 
 # Words of a job: addresses of the data, then sizes.
-Q, K_PAGES, V_PAGES, KV_LENS, TABLE, OUT, TABLE_WIDTH, NUM_PAGES, NUM_KV_HEADS, PAGE_SIZE, LAYER, NUM_WORDS = range(12)
+(
+    Q,
+    K_PAGES,
+    V_PAGES,
+    ROWS,
+    TABLE,
+    OUT,
+    NUM_TOKENS,
+    TABLE_WIDTH,
+    NUM_PAGES,
+    NUM_KV_HEADS,
+    PAGE_SIZE,
+    LAYER,
+    NUM_BLOCKS,
+    NUM_WORDS,
+) = range(14)
 
 
 @typing.no_type_check
-def _make_describe(sources):
-    """Reads what a call is about off its frame; an item of work is a row."""
+def _make_describe(has_unit, sources):
+    """Reads what a call is about off its frame; items of work are blocks of chunks, for each KV head, then tokens."""
 
     @numba.cfunc(Describe, cache=True)
     def describe(frame_at, job_at):
         frame, job = array(frame_at, np.int64, FRAME_SIZE), array(job_at, np.int64, NUM_WORDS + 0 * sources)
-        for word, index in ((Q, 0), (K_PAGES, 1), (V_PAGES, 2), (KV_LENS, 3), (TABLE, 4)):
+        for word, index in ((Q, 0), (K_PAGES, 1), (V_PAGES, 2), (ROWS, 3), (TABLE, 4)):
             job[word] = buffer(frame, False, index)[0]
         job[OUT], out_dims = buffer(frame, True, 0)
         cache_dims = array(buffer(frame, False, 1)[1], np.int64, 5)
         job[NUM_PAGES], job[NUM_KV_HEADS], job[PAGE_SIZE] = cache_dims[1], cache_dims[2], cache_dims[3]
         job[TABLE_WIDTH] = array(buffer(frame, False, 4)[1], np.int64, 2)[1]
         job[LAYER] = attribute(frame, 0)
-        return array(out_dims, np.int64, 3)[0]
+        job[NUM_TOKENS] = array(out_dims, np.int64, 3)[0]
+        num_blocks = (job[NUM_TOKENS] + BLOCK - 1) // BLOCK if has_unit else 0
+        job[NUM_BLOCKS] = num_blocks * job[NUM_KV_HEADS]
+        return job[NUM_BLOCKS] + job[NUM_TOKENS]
 
     return describe
 
 
 @typing.no_type_check
-def _make_rows(itemsize, head_dim, group, sources):
+def _make_rows(itemsize, head_dim, group, has_unit, sources):
     """The work: `itemsize`, `head_dim` and `group` are constants to the compiler, all other sizes come with the call."""
     num_keys = min(4, math.gcd(head_dim, LANES), 1 << (max(1, MAX_SUMS // group).bit_length() - 1))  # a power of 2
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
-    def rows(job_at, first, stop):
+    def work(job_at, first, stop):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         q_data, k_data, v_data, out_data = job[Q], job[K_PAGES], job[V_PAGES], job[OUT]
         num_pages, num_kv_heads, page_size, width = job[NUM_PAGES], job[NUM_KV_HEADS], job[PAGE_SIZE], job[TABLE_WIDTH]
-        layer_page = job[LAYER] * num_pages
-        kv_lens = array(job[KV_LENS], np.int32, stop)
-        table = array(job[TABLE], np.int32, stop * width)
+        layer_page, num_rows = job[LAYER] * num_pages, job[NUM_TOKENS]
+        rows = array(job[ROWS], np.int32, 3 * num_rows)
+        kv_lens, row_of, is_in_chunk = rows[:num_rows], rows[num_rows : 2 * num_rows], rows[2 * num_rows :]
         num_heads = num_kv_heads * group
-        stride = np.int64(0)  # tokens of the longest row
+        token_size = head_dim * itemsize  # bytes of one KV head of a token
+        block = page_size * token_size  # of one KV head in a page
+        per_head = 4 * group * head_dim  # bytes of the queries, or of the sums, of one KV head
+        if has_unit:
+            page_bytes = num_kv_heads * block
+            for item in range(first, min(stop, job[NUM_BLOCKS])):
+                k, token = item % num_kv_heads, item // num_kv_heads * BLOCK
+                place = layer_page * page_bytes + k * block
+                end = min(token + BLOCK, num_rows)
+                while token < end:
+                    later = token + 1
+                    while later < end and row_of[later] == row_of[token] and kv_lens[later] > 0:
+                        later += 1
+                    if is_in_chunk[token] and kv_lens[token] > 0:
+                        pages = array(job[TABLE] + 4 * width * row_of[token], np.int32, width)
+                        shift = (token * num_kv_heads + k) * per_head
+                        attend(pages, k_data + place, v_data + place, page_bytes, page_size, head_dim, group, q_data + shift,
+                               out_data + shift, num_kv_heads * per_head, later - token, np.int64(kv_lens[token]))  # fmt: skip
+                    token = later
+        first, stop = max(first - job[NUM_BLOCKS], 0), stop - job[NUM_BLOCKS]
+        stride = np.int64(1)  # tokens of the longest row
         for row in range(first, stop):
             stride = max(stride, np.int64(kv_lens[row]))
         weights = np.empty(num_heads * stride, np.float32)
         totals = np.empty(num_heads, np.float32)
-        token_size = head_dim * itemsize  # bytes of one KV head of a token
-        block = page_size * token_size  # of one KV head in a page
-        per_head = 4 * group * head_dim  # bytes of the queries, or of the sums, of one KV head
         for row in range(first, stop):
+            if has_unit and is_in_chunk[row] and kv_lens[row] > 0:
+                continue
+            table = array(job[TABLE] + 4 * width * row_of[row], np.int32, width)
             acc = array(out_data + row * num_kv_heads * per_head, np.float32, num_heads * head_dim)
             acc[:] = 0
             kv_len = np.int64(kv_lens[row])
@@ -126,10 +177,10 @@ def _make_rows(itemsize, head_dim, group, sources):
             num_used = (kv_len + page_size - 1) // page_size
             for j in range(num_used):
                 num_tokens = min(page_size, kv_len - j * page_size)
-                page = (layer_page + table[row * width + j]) * num_kv_heads * block
-                coming = v_data + (layer_page + table[row * width]) * num_kv_heads * block
+                page = (layer_page + table[j]) * num_kv_heads * block
+                coming = v_data + (layer_page + table[0]) * num_kv_heads * block
                 if j + 1 < num_used:
-                    coming = k_data + (layer_page + table[row * width + j + 1]) * num_kv_heads * block
+                    coming = k_data + (layer_page + table[j + 1]) * num_kv_heads * block
                 for k in range(num_kv_heads):
                     query = q_data + (row * num_kv_heads + k) * per_head
                     out = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
@@ -145,8 +196,8 @@ def _make_rows(itemsize, head_dim, group, sources):
                 totals[m] = exponentiate(array(weights.ctypes.data + 4 * m * stride, np.float32, kv_len), kv_len)
             for j in range(num_used):
                 num_tokens = min(page_size, kv_len - j * page_size)
-                page = (layer_page + table[row * width + j]) * num_kv_heads * block
-                coming = v_data + (layer_page + table[row * width + min(j + 1, num_used - 1)]) * num_kv_heads * block
+                page = (layer_page + table[j]) * num_kv_heads * block
+                coming = v_data + (layer_page + table[min(j + 1, num_used - 1)]) * num_kv_heads * block
                 for k in range(num_kv_heads):
                     of_page = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
                     sums = out_data + (row * num_kv_heads + k) * per_head
@@ -156,4 +207,4 @@ def _make_rows(itemsize, head_dim, group, sources):
                 for d in range(head_dim):
                     acc[m * head_dim + d] /= totals[m]
 
-    return rows
+    return work

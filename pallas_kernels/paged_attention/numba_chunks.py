@@ -1,0 +1,128 @@
+"""How does a CPU's matrix unit (AMX) attend from the tokens of a prefill chunk?  A block of tokens and one KV head at a time.
+
+The keys in sight are turned into pairs of dimensions, the values into pairs of tokens, as the unit wants its right operands, once for
+the block; then 32 tokens of a query head at a time take all their scores, a softmax a row, and the sums of values.  The unit
+multiplies bfloat16, which keys and values are; queries and weights are sums of parts in bfloat16, so that little is lost.
+"""
+
+import typing
+
+import numba
+import numpy as np
+
+from pallas_kernels.matmul.numba_amx import DEPTH, ROWS, configure, release_tiles, tiles
+from pallas_kernels.matmul.numba_bfloat16 import pack_pair
+from pallas_kernels.matmul.numba_float32 import turn_square
+from pallas_kernels.matmul.packed import PANEL
+from pallas_kernels.numba_ffi import array
+from pallas_kernels.numba_vectors16 import WIDTH, softmax_row, split_row
+
+BLOCK = 64
+"""Tokens that share packed keys and values."""
+MIN_CHUNK = 2
+"""Tokens of a row from which on it is worth the packing."""
+QUERY_PARTS, WEIGHT_PARTS = 3, 3
+
+
+def why_not(dtype: str, head_dim: int, page_size: int) -> str | None:
+    """What keeps chunks from the unit, which the CPU is taken to have; None if nothing does."""
+    if dtype != "uint16":
+        return f"pages are {dtype}, not bfloat16's bits in uint16"
+    if head_dim % (2 * PANEL):
+        return f"head_dim={head_dim} is no multiple of {2 * PANEL}"
+    return f"page_size={page_size} is no multiple of {ROWS}" if page_size % ROWS else None
+
+
+@numba.njit(error_model="numpy")
+@typing.no_type_check
+def _pack(table, k_data, v_data, page_bytes, page_size, head_dim, num_keys, num_panels, nothing, keys, values):
+    """Keys and values of a KV head, which page 0 has at `k_data` and `v_data`.  `nothing`: zeros, for what is not in sight."""
+    token_bytes = 2 * head_dim
+    for s in range(0, num_panels * PANEL, ROWS):
+        place, source, row_bytes = np.int64(0), nothing, np.int64(0)
+        if s < num_keys:
+            place = np.int64(table[s // page_size]) * page_bytes + s % page_size * token_bytes
+            source, row_bytes = k_data + place, token_bytes
+        target = keys + 2 * PANEL * head_dim * (s // PANEL) + 4 * (s % PANEL)
+        for d in range(0, head_dim, DEPTH):
+            turn_square(source + 2 * d, row_bytes, target + 2 * PANEL * d, 4)
+        for i in range(s, s + ROWS, 2):
+            one = v_data + place + (i - s) * token_bytes if i < num_keys else nothing
+            two = v_data + place + (i + 1 - s) * token_bytes if i + 1 < num_keys else nothing
+            for d in range(0, head_dim, PANEL):
+                pack_pair(one + 2 * d, two + 2 * d, values + 2 * PANEL * (d * num_panels + i))
+
+
+@numba.njit(error_model="numpy")
+@typing.no_type_check
+def attend(
+    table, k_data, v_data, page_bytes, page_size, head_dim, group, queries, out, token_bytes, num_tokens, num_visible
+):
+    """`num_tokens` tokens, of which the first sees `num_visible` keys and each one more than the one before.
+
+    table: pages of the sequence; `page_bytes` of each, in which page 0 has the KV head at `k_data` and `v_data`.
+    queries, out: addresses of the first token's first of the `group` heads, float32, `token_bytes` from token to token.
+    """
+    num_keys = num_visible + num_tokens - 1
+    num_panels = (num_keys + PANEL - 1) // PANEL
+    packed_bytes = num_panels * 2 * PANEL * head_dim
+    score_stride = 4 * (num_panels * PANEL + WIDTH)  # no power of two
+    weight_stride = score_stride // 2
+    query_bytes, weight_bytes = 2 * ROWS * 2 * head_dim, 2 * ROWS * weight_stride  # of a part
+    sizes = 2 * packed_bytes + QUERY_PARTS * query_bytes + WEIGHT_PARTS * weight_bytes + 2 * ROWS * score_stride
+    buffer_ = np.empty(sizes + 2 * ROWS * 4 * head_dim + 4 * head_dim + 64, np.uint8)
+    keys = (buffer_.ctypes.data + 63) // 64 * 64
+    values = keys + packed_bytes
+    parts = values + packed_bytes  # of queries
+    weights = parts + QUERY_PARTS * query_bytes
+    scores = weights + WEIGHT_PARTS * weight_bytes
+    sums = scores + 2 * ROWS * score_stride
+    nothing = sums + 2 * ROWS * 4 * head_dim
+    array(nothing, np.uint8, 4 * head_dim)[:] = 0
+    _pack(table, k_data, v_data, page_bytes, page_size, head_dim, num_keys, num_panels, nothing, keys, values)
+    configure(scores, ROWS)
+    totals = np.empty(2 * ROWS, np.float32)
+    for token in range(0, num_tokens, 2 * ROWS):
+        count = min(2 * ROWS, num_tokens - token)
+        used = (num_visible + token + count + PANEL - 2) // PANEL  # panels in sight of these tokens
+        for head in range(group):
+            first = token_bytes * token + 4 * head_dim * head
+            for i in range(count):
+                to = parts + 2 * head_dim * i
+                split_row(queries + first + token_bytes * i, to, head_dim // WIDTH, query_bytes, QUERY_PARTS)
+            lefts = parts, parts + query_bytes // 2
+            for panel in range(used):
+                source, to = keys + 2 * PANEL * head_dim * panel, scores + 4 * PANEL * panel
+                outs, steps = (to, to + ROWS * score_stride), head_dim // DEPTH
+                if count > ROWS:
+                    tiles(
+                        lefts, 2 * head_dim, source, steps, outs, score_stride, source, 2, 0, QUERY_PARTS, query_bytes
+                    )
+                else:
+                    tiles(
+                        lefts, 2 * head_dim, source, steps, outs, score_stride, source, 1, 0, QUERY_PARTS, query_bytes
+                    )
+            for i in range(count):
+                row, to = scores + score_stride * i, weights + weight_stride * i
+                seen, vectors = num_visible + token + i, used * (PANEL // WIDTH)
+                totals[i] = softmax_row(row, seen, vectors, to, weight_bytes, WEIGHT_PARTS)
+            lefts = weights, weights + weight_bytes // 2
+            for d in range(0, head_dim, PANEL):
+                source, to = values + 2 * PANEL * d * num_panels, sums + 4 * d
+                outs = to, to + ROWS * 4 * head_dim
+                if count > ROWS:
+                    tiles(
+                        lefts, weight_stride, source, used, outs, 4 * head_dim, source, 2, 0, WEIGHT_PARTS, weight_bytes
+                    )
+                else:
+                    tiles(
+                        lefts, weight_stride, source, used, outs, 4 * head_dim, source, 1, 0, WEIGHT_PARTS, weight_bytes
+                    )
+            for i in range(count):
+                row = array(sums + 4 * head_dim * i, np.float32, head_dim)
+                to_row = array(out + first + token_bytes * i, np.float32, head_dim)
+                share = np.float32(1) / totals[i]
+                for d in range(head_dim):
+                    to_row[d] = row[d] * share
+    release_tiles()
+    buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address

@@ -36,7 +36,7 @@ def constant(value):
     return llvmlite.ir.Constant(FLOATS, [float(value)] * WIDTH)
 
 
-def call(b, name, *values, returns=FLOATS):
+def call(b, name, *values, returns: llvmlite.ir.Type = FLOATS):
     """Calls the LLVM intrinsic `llvm.{name}.v16f32`."""
     function_type = llvmlite.ir.FunctionType(returns, [value.type for value in values])
     name = f"llvm.{name}.v{WIDTH}f32"

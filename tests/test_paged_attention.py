@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.device import cpu_has_amx
 from pallas_kernels.paged_attention import api, arg_specs, xla
 from pallas_kernels.paged_attention.arg_specs import ArgSpec, make_args
 
@@ -337,3 +338,53 @@ def test_pages_that_numba_cannot_read_are_refused():
     args = tiny_args(tiny(BATCHES["decode only"]), kv_dtype=jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=r"not in \('bfloat16', 'bfloat16'\)"):
         api.paged_attention(layer=LAYER, implementation="numba", **args)
+
+
+def poisoned(spec: ArgSpec, args: dict) -> dict:
+    """Not a number wherever no token of the batch lies."""
+    table, pages = (
+        np.asarray(args["page_indices"]),
+        {name: np.asarray(args[name]).copy() for name in ("k_pages", "v_pages")},
+    )
+    is_free = np.ones((pages["k_pages"].shape[1], spec.page_size), bool)
+    for row, kv_len in enumerate(spec.kv_lens):
+        for s in range(kv_len):
+            is_free[table[row, s // spec.page_size], s % spec.page_size] = False
+    for values in pages.values():
+        values.swapaxes(2, 3)[:, is_free] = 0x7FC0  # of bfloat16
+    return {**args, **{name: jnp.asarray(values) for name, values in pages.items()}}
+
+
+@pytest.mark.skipif(not cpu_has_amx(), reason="needs a CPU with AMX")
+class TestChunksOnTheMatrixUnit:
+    @pytest.mark.parametrize("shape", [(6, 2, 64, 16), (4, 4, 64, 32), (4, 2, 128, 64)], ids=str)
+    @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+    def test_nothing_but_what_is_in_sight_counts(self, batch, shape):
+        spec = tiny(batch, **dict(zip(("num_heads", "num_kv_heads", "head_dim", "page_size"), shape, strict=True)))
+        args = as_bits(tiny_args(spec))
+        truth = attend(in_float32(args), "reference")
+        out = attend(poisoned(spec, args), "numba")
+        assert error(out, truth) <= 4e-6
+
+    def test_a_token_does_not_depend_on_its_chunk(self):
+        shape = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64}
+        whole = as_bits(tiny_args(tiny(((1, 40), (150, 290)), **shape)))
+        out = np.asarray(attend(whole, "numba"))[1:151]
+        for first, stop in ((0, 2), (0, 70), (70, 150), (5, 38)):
+            part = tiny(((1, 40), (stop - first, 290 - 150 + stop)), **shape)
+            args = {
+                **as_bits(tiny_args(part)),
+                **{name: whole[name] for name in ("k_pages", "v_pages", "page_indices")},
+            }
+            args["q"] = args["q"].at[1 : 1 + stop - first].set(whole["q"][1 + first : 1 + stop])
+            np.testing.assert_array_equal(attend(args, "numba")[1 : 1 + stop - first], out[first:stop])
+
+    @pytest.mark.parametrize(
+        ("dtype", "head_dim", "page_size", "reason"),
+        [("float32", 64, 16, "pages are float32"), ("uint16", 48, 16, "head_dim=48"), ("uint16", 64, 8, "page_size=8")],
+    )
+    def test_what_it_cannot_do_is_said(self, dtype, head_dim, page_size, reason):
+        from pallas_kernels.paged_attention import numba_chunks
+
+        assert reason in str(numba_chunks.why_not(dtype, head_dim, page_size))
+        assert numba_chunks.why_not("uint16", 64, 16) is None

@@ -52,7 +52,7 @@ def unit_for(kernel, is_transposed: bool) -> str:
 def _target(dtype: str, unit: str, form: str) -> str:
     """Makes XLA know the product of kernels of a dtype in a form ("transposed", "plain", "packed", "gated"); returns its name."""
     name = f"matmul_{form}_{dtype}_in_{unit}"
-    modules = panels, numba_amx, numba_bfloat16, numba_float32, numba_gated, numba_vectors16
+    modules = panels, numba_amx, numba_bfloat16, numba_float32, numba_gated, numba_vectors16, packed
     sources = fingerprint(*(module.__file__ for module in modules))
     is_transposed = form == "transposed"
     match unit:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels import numba_vectors16
 from pallas_kernels.device import cpu_has_amx
-from pallas_kernels.matmul import numba_amx, numba_bfloat16, numba_float32
+from pallas_kernels.matmul import numba_amx, numba_bfloat16, numba_float32, packed
 from pallas_kernels.numba_ffi import (
     FRAME_SIZE,
     LANES,
@@ -50,8 +50,8 @@ def paged_attention(
 ) -> Float[Array, "T H h"]:
     """Attention as `api.paged_attention` defines it; products and sums in float32.
 
-    Pages of uint16 or float32, for a CPU.  Where the matrix unit (AMX) takes the pages, it does chunks (`numba_chunks`), operands
-    rounded to bfloat16.  Else every token is a row of its own to the kernel: a token of a chunk reads the chunk's pages again, out of
+    Pages of uint16 or float32, for a CPU.  Where the matrix unit (AMX) takes the pages, it does chunks (`numba_chunks`).
+    Else every token is a row of its own to the kernel: a token of a chunk reads the chunk's pages again, out of
     the cores' caches.  Either way a token's result depends on that token's row alone, to the last bit.
     """
     del num_decode
@@ -78,7 +78,7 @@ def _target(dtype: str, head_dim: int, group: int, has_unit: bool) -> str:
     has_unit: chunks are for the matrix unit.
     """
     name = f"paged_attention_{dtype}_h{head_dim}_g{group}{'_amx' if has_unit else ''}"
-    modules = numba_vectors, numba_chunks, numba_amx, numba_bfloat16, numba_float32, numba_vectors16
+    modules = numba_vectors, numba_chunks, numba_amx, numba_bfloat16, numba_float32, packed, numba_vectors16
     sources = fingerprint(__file__, *(module.__file__ for module in modules))
     work = _make_rows(np.dtype(dtype).itemsize, head_dim, group, has_unit, sources)
     register(name, _make_describe(has_unit, sources), work, num_words=NUM_WORDS, items_per_turn=ROWS_PER_TURN)

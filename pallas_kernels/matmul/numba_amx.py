@@ -82,11 +82,13 @@ def release_tiles(typing_context):
 @typing.no_type_check
 def configure(at, num_rows):
     """Gives tiles of sums and left operands `num_rows` rows, those of right operands 16; rows of 64 bytes."""
-    array(at, np.int64, 8)[:] = 0
-    array(at, np.uint8, 64)[0] = 1
-    array(at + 16, np.uint16, 8)[:] = 64
-    array(at + 48, np.uint8, 6)[:] = num_rows
-    array(at + 54, np.uint8, 2)[:] = ROWS
+    palette, columns, rows = array(at, np.int64, 8), array(at + 16, np.uint16, 8), array(at + 48, np.uint8, 8)
+    for i in range(8):
+        palette[i] = 0
+    palette[0] = 1
+    for tile in range(8):
+        columns[tile] = 64
+        rows[tile] = num_rows if tile < RIGHT[0] else ROWS
     _set_tiles(at)
 
 
@@ -101,15 +103,14 @@ def tiles(
     later: in each step `num_lines` lines of 64 bytes from there on are brought near, and the panel nearer, unless it is 0.
     num_parts: a left operand is the sum of so many, which lie `part` bytes apart.
     """
-    constants = num_blocks, num_lines, num_parts
+    constants = num_blocks, num_parts
     if not all(isinstance(number, numba.types.IntegerLiteral) for number in constants):
         return None
 
     def generate(context, builder, signature, arguments):
         b = builder
-        left, left_stride, panel, num_steps, out, out_stride, later = arguments[:7]
-        count, lines, parts = (number.literal_value for number in constants)
-        part = arguments[-1]
+        left, left_stride, panel, num_steps, out, out_stride, later, _, num_lines, _, part = arguments
+        count, parts = (number.literal_value for number in constants)
         lefts, outs = (numba.core.cgutils.unpack_tuple(b, pair) for pair in (left, out))
         blocks = range(count)
         for m in blocks:
@@ -120,10 +121,12 @@ def tiles(
             for half in range(2):
                 place = b.inttoptr(b.add(panel, b.add(row, INT64(64 * half))), BYTES)
                 _emit(b, "tileloadd64", RIGHT[half], place, INT64(4 * PANEL))
-            for line in range(2 * ROWS if lines else 0):
-                fetch_line(b, b.add(panel, b.add(row, INT64((2 * ROWS + line) * 64))), NEARER)
-            for line in range(lines):
-                fetch_line(b, b.add(later, b.add(b.mul(loop.index, INT64(lines * 64)), INT64(line * 64))), NEAR)
+            with b.if_then(b.icmp_signed(">", num_lines, INT64(0))):
+                for line in range(2 * ROWS):
+                    fetch_line(b, b.add(panel, b.add(row, INT64((2 * ROWS + line) * 64))), NEARER)
+            first = b.add(later, b.mul(loop.index, b.mul(num_lines, INT64(64))))
+            with numba.core.cgutils.for_range(b, num_lines) as line:
+                fetch_line(b, b.add(first, b.mul(line.index, INT64(64))), NEAR)
             for i, m in itertools.product(range(parts), blocks):  # sums of a tile are far apart: they take long
                 place = b.add(b.add(lefts[m], column), b.mul(part, INT64(i)))
                 _emit(b, "tileloadd64", LEFT[m], b.inttoptr(place, BYTES), left_stride)
@@ -136,14 +139,14 @@ def tiles(
         return context.get_dummy_value()
 
     one, pair = numba.types.int64, numba.types.UniTuple(numba.types.int64, 2)
-    return numba.types.void(pair, one, one, one, pair, one, one, *constants, one), generate
+    return numba.types.void(pair, one, one, one, pair, one, one, num_blocks, one, num_parts, one), generate
 
 
 @typing.no_type_check
 def make_work(sources, form):
     """The work on a kernel in a form ("plain", "packed", "gated"; see `packed.py`): for each panel, runs all tokens through it."""
     is_packed, is_gated = form != "plain", form == "gated"
-    lines, half_lines = (32, 16) if is_packed else (0, 0)
+    all_lines = PANEL if is_packed else 0  # that a step has to bring near, so that a pass brings a panel
     panel_out_bytes, column_bytes = (2 * GATED_COLUMNS, 2) if is_gated else (4 * PANEL, 4)
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
@@ -169,14 +172,10 @@ def make_work(sources, form):
                 has_two = num_tokens - token > ROWS
                 lefts, outs = (x + x_stride * one, x + x_stride * two), (out + out_stride * one, out + out_stride * two)
                 targets, stride = ((sums, sums + 4 * ROWS * PANEL), 4 * PANEL) if is_gated else (outs, out_stride)
-                later = packed + AHEAD * panel_bytes  # all of it in one pass, or a half in each of the first two
-                if num_tokens > 2 * ROWS:
-                    later += panel_bytes // 2 * min(token, 1)
-                    if has_two:
-                        tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, half_lines, 1, 0)
-                    else:
-                        tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, half_lines, 1, 0)
-                elif has_two:
+                later, lines = packed + AHEAD * panel_bytes, all_lines
+                if num_tokens > 2 * ROWS:  # a half of the panel in each of the first two passes
+                    later, lines = later + panel_bytes // 2 * min(token, 1), all_lines // 2
+                if has_two:
                     tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, lines, 1, 0)
                 else:
                     tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, lines, 1, 0)
@@ -221,12 +220,13 @@ def make_transposed_work(sources):
                 tiles(lefts, row_bytes, tokens, width // DEPTH, outs, 4 * PANEL, later, 2, 32, 1, 0)
                 for column in range(0, PANEL, ROWS):
                     for row in range(0, PANEL, ROWS):
-                        source, target = 4 * (PANEL * column + row), 4 * (PANEL * row + column)
-                        turn_square(sums + source, 4 * PANEL, turned + target, 4)
+                        place = turned + 4 * (PANEL * row + column)
+                        turn_square(sums + 4 * (PANEL * column + row), 4 * PANEL, place, 4)
                 for row in range(min(num_tokens - token, PANEL)):
-                    array(out + out_stride * (token + row), np.float32, PANEL)[:] = array(
-                        turned + 4 * PANEL * row, np.float32, PANEL
-                    )
+                    source = array(turned + 4 * PANEL * row, np.float32, PANEL)
+                    target = array(out + out_stride * (token + row), np.float32, PANEL)
+                    for column in range(PANEL):
+                        target[column] = source[column]
             clear_padding(out, out_stride, num_tokens, num_rows, 4 * PANEL)
         release_tiles()
         buffer_[0] = 0

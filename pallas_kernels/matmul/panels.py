@@ -33,4 +33,6 @@ def make_describe(sources, num_columns):
 def clear_padding(out, stride, first, stop, num_bytes):
     """Zeroes a panel's columns, of `num_bytes` bytes, in the result's rows `first` to `stop`; `out` is where its first row begins."""
     for row in range(first, stop):
-        array(out + stride * row, np.uint8, num_bytes)[:] = 0
+        values = array(out + stride * row, np.int64, num_bytes // 8)
+        for i in range(num_bytes // 8):
+            values[i] = 0

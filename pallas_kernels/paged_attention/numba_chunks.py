@@ -21,7 +21,8 @@ BLOCK = 64
 """Tokens that share packed keys and values."""
 MIN_CHUNK = 2
 """Tokens of a row from which on it is worth the packing."""
-QUERY_PARTS, WEIGHT_PARTS = 3, 3
+PARTS = 3
+"""Numbers in bfloat16 that add up to a query's element or a weight."""
 
 
 def why_not(dtype: str, head_dim: int, page_size: int) -> str | None:
@@ -55,6 +56,17 @@ def _pack(table, k_data, v_data, page_bytes, page_size, head_dim, num_keys, num_
 
 @numba.njit(error_model="numpy")
 @typing.no_type_check
+def _product(left, left_stride, part, panel, num_steps, out, out_stride, num_rows):
+    """Up to 32 rows, as sums of `PARTS` numbers `part` bytes apart, times a panel of 32 columns."""
+    lefts, outs = (left, left + ROWS * left_stride), (out, out + ROWS * out_stride)
+    if num_rows > ROWS:
+        tiles(lefts, left_stride, panel, num_steps, outs, out_stride, panel, 2, 0, PARTS, part)
+    else:
+        tiles(lefts, left_stride, panel, num_steps, outs, out_stride, panel, 1, 0, PARTS, part)
+
+
+@numba.njit(error_model="numpy")
+@typing.no_type_check
 def attend(
     table, k_data, v_data, page_bytes, page_size, head_dim, group, queries, out, token_bytes, num_tokens, num_visible
 ):
@@ -66,19 +78,20 @@ def attend(
     num_keys = num_visible + num_tokens - 1
     num_panels = (num_keys + PANEL - 1) // PANEL
     packed_bytes = num_panels * 2 * PANEL * head_dim
-    score_stride = 4 * (num_panels * PANEL + WIDTH)  # no power of two
-    weight_stride = score_stride // 2
+    score_stride, weight_stride = 4 * (num_panels * PANEL + WIDTH), 2 * PANEL * (num_panels + 1)  # whole lines
     query_bytes, weight_bytes = 2 * ROWS * 2 * head_dim, 2 * ROWS * weight_stride  # of a part
-    sizes = 2 * packed_bytes + QUERY_PARTS * query_bytes + WEIGHT_PARTS * weight_bytes + 2 * ROWS * score_stride
+    sizes = 2 * packed_bytes + PARTS * query_bytes + PARTS * weight_bytes + 2 * ROWS * score_stride
     buffer_ = np.empty(sizes + 2 * ROWS * 4 * head_dim + 4 * head_dim + 64, np.uint8)
     keys = (buffer_.ctypes.data + 63) // 64 * 64
     values = keys + packed_bytes
     parts = values + packed_bytes  # of queries
-    weights = parts + QUERY_PARTS * query_bytes
-    scores = weights + WEIGHT_PARTS * weight_bytes
+    weights = parts + PARTS * query_bytes
+    scores = weights + PARTS * weight_bytes
     sums = scores + 2 * ROWS * score_stride
     nothing = sums + 2 * ROWS * 4 * head_dim
-    array(nothing, np.uint8, 4 * head_dim)[:] = 0
+    zeros = array(nothing, np.float32, head_dim)
+    for d in range(head_dim):
+        zeros[d] = 0
     _pack(table, k_data, v_data, page_bytes, page_size, head_dim, num_keys, num_panels, nothing, keys, values)
     configure(scores, ROWS)
     totals = np.empty(2 * ROWS, np.float32)
@@ -89,35 +102,17 @@ def attend(
             first = token_bytes * token + 4 * head_dim * head
             for i in range(count):
                 to = parts + 2 * head_dim * i
-                split_row(queries + first + token_bytes * i, to, head_dim // WIDTH, query_bytes, QUERY_PARTS)
-            lefts = parts, parts + query_bytes // 2
+                split_row(queries + first + token_bytes * i, to, head_dim // WIDTH, query_bytes, PARTS)
             for panel in range(used):
                 source, to = keys + 2 * PANEL * head_dim * panel, scores + 4 * PANEL * panel
-                outs, steps = (to, to + ROWS * score_stride), head_dim // DEPTH
-                if count > ROWS:
-                    tiles(
-                        lefts, 2 * head_dim, source, steps, outs, score_stride, source, 2, 0, QUERY_PARTS, query_bytes
-                    )
-                else:
-                    tiles(
-                        lefts, 2 * head_dim, source, steps, outs, score_stride, source, 1, 0, QUERY_PARTS, query_bytes
-                    )
+                _product(parts, 2 * head_dim, query_bytes, source, head_dim // DEPTH, to, score_stride, count)
             for i in range(count):
                 row, to = scores + score_stride * i, weights + weight_stride * i
                 seen, vectors = num_visible + token + i, used * (PANEL // WIDTH)
-                totals[i] = softmax_row(row, seen, vectors, to, weight_bytes, WEIGHT_PARTS)
-            lefts = weights, weights + weight_bytes // 2
+                totals[i] = softmax_row(row, seen, vectors, to, weight_bytes, PARTS)
             for d in range(0, head_dim, PANEL):
                 source, to = values + 2 * PANEL * d * num_panels, sums + 4 * d
-                outs = to, to + ROWS * 4 * head_dim
-                if count > ROWS:
-                    tiles(
-                        lefts, weight_stride, source, used, outs, 4 * head_dim, source, 2, 0, WEIGHT_PARTS, weight_bytes
-                    )
-                else:
-                    tiles(
-                        lefts, weight_stride, source, used, outs, 4 * head_dim, source, 1, 0, WEIGHT_PARTS, weight_bytes
-                    )
+                _product(weights, weight_stride, weight_bytes, source, used, to, 4 * head_dim, count)
             for i in range(count):
                 row = array(sums + 4 * head_dim * i, np.float32, head_dim)
                 to_row = array(out + first + token_bytes * i, np.float32, head_dim)

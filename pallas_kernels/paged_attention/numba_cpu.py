@@ -137,8 +137,9 @@ def _make_rows(itemsize, head_dim, group, has_unit, sources):
         q_data, k_data, v_data, out_data = job[Q], job[K_PAGES], job[V_PAGES], job[OUT]
         num_pages, num_kv_heads, page_size, width = job[NUM_PAGES], job[NUM_KV_HEADS], job[PAGE_SIZE], job[TABLE_WIDTH]
         layer_page, num_rows = job[LAYER] * num_pages, job[NUM_TOKENS]
-        rows = array(job[ROWS], np.int32, 3 * num_rows)
-        kv_lens, row_of, is_in_chunk = rows[:num_rows], rows[num_rows : 2 * num_rows], rows[2 * num_rows :]
+        kv_lens = array(job[ROWS], np.int32, num_rows)
+        row_of = array(job[ROWS] + 4 * num_rows, np.int32, num_rows)
+        is_in_chunk = array(job[ROWS] + 8 * num_rows, np.int32, num_rows)
         num_heads = num_kv_heads * group
         token_size = head_dim * itemsize  # bytes of one KV head of a token
         block = page_size * token_size  # of one KV head in a page
@@ -170,7 +171,8 @@ def _make_rows(itemsize, head_dim, group, has_unit, sources):
                 continue
             table = array(job[TABLE] + 4 * width * row_of[row], np.int32, width)
             acc = array(out_data + row * num_kv_heads * per_head, np.float32, num_heads * head_dim)
-            acc[:] = 0
+            for i in range(num_heads * head_dim):
+                acc[i] = 0
             kv_len = np.int64(kv_lens[row])
             if kv_len == 0:
                 continue

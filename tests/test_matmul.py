@@ -83,7 +83,7 @@ UNITS = [
 
 @pytest.mark.parametrize("unit", UNITS)
 class TestUnitsForBfloat16:
-    @pytest.mark.parametrize("num_rows", [1, 5, 15, 16, 17, 20, 31, 33, 47, 64, 100])
+    @pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 33, 100])
     @pytest.mark.parametrize("form", ["packed", "plain", "transposed"])
     def test_any_number_of_tokens_in_any_number_of_rows(self, unit, form, num_rows, monkeypatch):
         monkeypatch.setattr(packed, "unit", lambda num_rows: unit)

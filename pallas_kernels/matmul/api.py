@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt16
 
-from pallas_kernels.device import cpu_has, cpu_has_amx, num_multiprocessors, platform, why_not_hopper
+from pallas_kernels.device import cpu_has, num_multiprocessors, platform, why_not_hopper
 from pallas_kernels.matmul.packed import PANEL, is_packed, operand_dtype, unit
 
 SQUARE = 16
@@ -71,8 +71,8 @@ def matmul(
 def _product(x, kernel, is_transposed: bool, num_tokens, implementation: str | None, dtype: Any) -> Float[Array, "t f"]:
     """The product alone; "xla" gives it in `dtype`, sums being float32, "numba" in float32."""
     if implementation is None:
-        # XLA multiplies bfloat16 by AVX512-BF16; the transposed form of "numba" does not.
-        is_for_unit = is_transposed and kernel.dtype == jnp.bfloat16 and cpu_has("avx512bf16") and not cpu_has_amx()
+        # XLA multiplies bfloat16 by AVX512-BF16; the transposed form of "numba" does not, only by AMX.
+        is_for_unit = is_transposed and kernel.dtype == jnp.bfloat16 and unit(kernel.shape[1]) == "avx512bf16"
         suits = is_packed(kernel) or _why_not_numba(kernel, is_transposed=is_transposed) is None
         implementation = "numba" if suits and not is_for_unit else "xla"
     match implementation:

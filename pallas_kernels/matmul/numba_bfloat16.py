@@ -26,15 +26,12 @@ from pallas_kernels.matmul.panels import (
     clear_padding,
 )
 from pallas_kernels.numba_ffi import Work, array, fetch_line, prefetch
-from pallas_kernels.numba_vectors16 import INT64, WORD, BFloat, address
+from pallas_kernels.numba_vectors16 import FLOATS, INT64, WORD, WORDS, BFloat, address, constant, splat
 
 AHEAD = 2  # panels: with two threads the next panel of this one is the one after the next
 
 MOST_TOKENS = 12  # at a time: 24 sums, 2 weights and 1 activation nearly fill the 32 registers
 
-FLOAT = llvmlite.ir.FloatType()
-SUMS = llvmlite.ir.VectorType(FLOAT, 16)
-WORDS = llvmlite.ir.VectorType(WORD, 16)
 HALVES = llvmlite.ir.VectorType(llvmlite.ir.IntType(16), 32)
 PAIRS = llvmlite.ir.VectorType(BFloat(), 32)
 
@@ -72,15 +69,14 @@ def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, later,
         b = builder
         x, x_stride, panel, num_pairs, out, out_stride, later = arguments[:7]
         num_tokens = count.literal_value
-        dot_type = llvmlite.ir.FunctionType(SUMS, (SUMS, PAIRS, PAIRS))
+        dot_type = llvmlite.ir.FunctionType(FLOATS, (FLOATS, PAIRS, PAIRS))
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
         dot = b.module.globals.get(name) or llvmlite.ir.Function(b.module, dot_type, name)
-        zero = llvmlite.ir.Constant(SUMS, [0.0] * 16)
         sums = {}
         for m in range(num_tokens):
             for half in range(2):
-                sums[m, half] = numba.core.cgutils.alloca_once(b, SUMS)
-                b.store(zero, sums[m, half])
+                sums[m, half] = numba.core.cgutils.alloca_once(b, FLOATS)
+                b.store(constant(0), sums[m, half])
         tokens = [b.add(x, b.mul(x_stride, INT64(m))) for m in range(num_tokens)]
         with numba.core.cgutils.for_range(b, num_pairs) as loop:
             row = b.add(panel, b.mul(loop.index, INT64(128)))
@@ -89,14 +85,13 @@ def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, later,
             place = b.mul(loop.index, INT64(4))
             for m in range(num_tokens):
                 pair = b.load(address(b, tokens[m], place, WORD), align=2)
-                first = b.insert_element(llvmlite.ir.Constant(WORDS, llvmlite.ir.Undefined), pair, WORD(0))
-                both = b.bitcast(b.shuffle_vector(first, first, WORDS([0] * 16)), PAIRS)
+                both = b.bitcast(splat(b, pair, WORDS), PAIRS)
                 for half in range(2):
                     b.store(b.call(dot, (b.load(sums[m, half]), both, weights[half])), sums[m, half])
         for m in range(num_tokens):
             for half in range(2):
                 place = b.add(b.mul(out_stride, INT64(m)), INT64(64 * half))
-                b.store(b.load(sums[m, half]), address(b, out, place, SUMS), align=4)
+                b.store(b.load(sums[m, half]), address(b, out, place, FLOATS), align=4)
         return context.get_dummy_value()
 
     return numba.types.void(*(numba.types.int64,) * 7, count), generate

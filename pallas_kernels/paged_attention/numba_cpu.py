@@ -80,28 +80,16 @@ def _target(dtype: str, head_dim: int, group: int, has_unit: bool) -> str:
     name = f"paged_attention_{dtype}_h{head_dim}_g{group}{'_amx' if has_unit else ''}"
     modules = numba_vectors, numba_chunks, numba_amx, numba_bfloat16, numba_float32, packed, numba_vectors16
     sources = fingerprint(__file__, *(module.__file__ for module in modules))
-    work = _make_rows(np.dtype(dtype).itemsize, head_dim, group, has_unit, sources)
+    work = _make_work(np.dtype(dtype).itemsize, head_dim, group, has_unit, sources)
     register(name, _make_describe(has_unit, sources), work, num_words=NUM_WORDS, items_per_turn=ROWS_PER_TURN)
     return name
 
 
 # Words of a job: addresses of the data, then sizes.
 (
-    Q,
-    K_PAGES,
-    V_PAGES,
-    ROWS,
-    TABLE,
-    OUT,
-    NUM_TOKENS,
-    TABLE_WIDTH,
-    NUM_PAGES,
-    NUM_KV_HEADS,
-    PAGE_SIZE,
-    LAYER,
-    NUM_BLOCKS,
+    Q, K_PAGES, V_PAGES, ROWS, TABLE, OUT, NUM_TOKENS, TABLE_WIDTH, NUM_PAGES, NUM_KV_HEADS, PAGE_SIZE, LAYER, NUM_BLOCKS,
     NUM_WORDS,
-) = range(14)
+) = range(14)  # fmt: skip
 
 
 @typing.no_type_check
@@ -127,7 +115,7 @@ def _make_describe(has_unit, sources):
 
 
 @typing.no_type_check
-def _make_rows(itemsize, head_dim, group, has_unit, sources):
+def _make_work(itemsize, head_dim, group, has_unit, sources):
     """The work: `itemsize`, `head_dim` and `group` are constants to the compiler, all other sizes come with the call."""
     num_keys = min(4, math.gcd(head_dim, LANES), 1 << (max(1, MAX_SUMS // group).bit_length() - 1))  # a power of 2
 

@@ -35,7 +35,7 @@ GEMM_PEAK_FLOPS = 260e12
 def define_flags(values: flags.FlagValues) -> None:
     figure_flags.define(values)
     layer_timings.define_flags(values)
-    names = [name for name in library.PIPELINES if name not in ("sequential", "llama_8b")]
+    names = [name for name in library.PIPELINES if name not in ("sequential", *library.ONE_DEVICE)]
     flags.DEFINE_enum("pipeline", "llama_70b_figure6", names, "What is compared with sequential.", flag_values=values)
 
 

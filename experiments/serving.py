@@ -99,7 +99,7 @@ def engine(values: flags.FlagValues, loaded: LoadedModel, sampling: SamplingPart
         pipelines=pipelines(values, loaded),
         use_streams=rungs.uses_streams(values),
         overlap=values.overlap,
-        graphs=Graphs(values.cuda_graphs),
+        graphs=None if values.cuda_graphs is None else Graphs(values.cuda_graphs),
         kv_dtype=kv_dtype(values),
         check_invariants=values.check_invariants,
     )

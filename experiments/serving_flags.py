@@ -72,9 +72,9 @@ def define(values: flags.FlagValues) -> None:
     enum("overlap", OVERLAP[0], OVERLAP, "How streams divide a Hopper GPU; xla: not at all.")
     enum(
         "cuda_graphs",
-        Graphs.SOME.value,
+        None,
         [graphs.value for graphs in Graphs],
-        "What a GPU is told to launch: some graphs, XLA's default, one for a step, or no.",
+        "What a GPU is told to launch: some graphs, XLA's default, one for a step, or no; no for steps on several streams if not given.",
     )
     count("expected_output_len", None, "Mean output in tokens, until one is known.")
 

@@ -12,6 +12,7 @@ import functools
 import heapq
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from nanojax.invariants import InvariantError
 from nanojax.live_request import Event, LiveRequest, Output
 from nanojax.metrics import RequestRecord, StepRecord
 from nanojax.pipeline import execute
-from nanojax.pipeline.compiler_options import Graphs, gpu_options
+from nanojax.pipeline.compiler_options import Graphs, best_graphs, gpu_options
 from nanojax.pipeline.ir import Pipeline
 from nanojax.sampling import NO_TOKEN
 from nanojax.scheduler import Policy
@@ -58,8 +59,8 @@ class Engine:
     `clock` gives seconds; everything else that the engine touches comes in through its arguments.  `records` and `steps` grow
     as requests finish and steps are read; `reset_metrics` empties them.  `pipelines` says how steps of a token budget run
     (ValueError as `execute.forward_per_budget`), `use_streams` whether on the GPU streams they name, `overlap` how these divide the
-    GPU (as in `execute.forward`), `graphs` what the host launches there; `forward` takes the place of the model, pipelines
-    included.
+    GPU (as in `execute.forward`), `graphs` what the host launches there (`compiler_options.best_graphs` if None); `forward` takes
+    the place of the model, pipelines included.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Engine:
         pipelines: Mapping[int, Pipeline] | None = None,
         use_streams: bool = False,
         overlap: str = "xla",
-        graphs: Graphs = Graphs.SOME,
+        graphs: Graphs | None = None,
         kv_dtype=jnp.float32,
         forward: Forward | None = None,
         steps_per_launch: int = 8,
@@ -97,11 +98,18 @@ class Engine:
             forwards = dict.fromkeys(config.token_budgets, forward)
         self._load = jax.jit(core.load, donate_argnums=0)
         self._cancel = jax.jit(core.cancel, donate_argnums=0)
+
+        def options(budget: int) -> dict[str, Any] | None:
+            if device.platform != "gpu":
+                return None
+            num_streams = pipelines[budget].num_streams if use_streams and pipelines and budget in pipelines else 1
+            return dict(gpu_options(graphs or best_graphs(num_streams)))
+
         self._launch = {
             budget: jax.jit(
                 _launch_fn(driver, config, policy, own, budget, steps_per_launch),
                 donate_argnums=1,
-                compiler_options=dict(gpu_options(graphs)) if device.platform == "gpu" else None,
+                compiler_options=options(budget),
             )
             for budget, own in forwards.items()
         }

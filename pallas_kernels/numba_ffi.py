@@ -5,6 +5,7 @@ xla/ffi/api/c_api.h, read here as arrays of 8-byte words; they only ever grow at
 """
 
 import pathlib
+import threading
 import typing
 import zlib
 from typing import Any, cast
@@ -235,6 +236,7 @@ Work = numba.types.void(numba.types.int64, numba.types.int64, numba.types.int64)
 def register(name: str, describe: Any, work: Any, *, num_words: int, items_per_turn: int) -> None:
     """Makes the CPU's implementation of the FFI target `name`, its work shared by the threads of XLA's pool.
 
+    Of several threads that trace programs, all may call this for one name: the first one's counts, XLA refuses another.
     `describe` and `work` are numba cfuncs of the signatures `Describe` and `Work`.
 
     The pool promises nothing: a task may start late, after the call is over, or never.  So threads take items in turns from
@@ -248,12 +250,15 @@ def register(name: str, describe: Any, work: Any, *, num_words: int, items_per_t
         _run(numba.carray(frame, (FRAME_SIZE,)), describe_at, work_at, task_at, num_words, items_per_turn)
         return 0
 
-    _KEPT.extend((describe, work, handler))
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
+    with _REGISTERING:
+        if name not in _KEPT:
+            _KEPT[name] = describe, work, handler
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
 
 
-_KEPT: list[Any] = []
-"""Compiled functions that XLA knows by their addresses only."""
+_REGISTERING = threading.Lock()
+_KEPT: dict[str, Any] = {}
+"""Target -> compiled functions that XLA knows by their addresses only."""
 
 
 def fingerprint(*paths: str | None) -> int:

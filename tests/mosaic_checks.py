@@ -75,14 +75,14 @@ def name_of(case):
     return f"H{case[0]} K{case[1]} h{case[2]} p{case[3]}"
 
 
-def compiled_for_h200(attend, spec, page_size=16, dtype=jnp.bfloat16, left_out=()):
+def compiled_for_h200(attend, spec, page_size=16, dtype=jnp.bfloat16, left_out=(), config=None):
     """The program's Mosaic kernels, checked for what all of them promise, and its temporary memory."""
     spec = dataclasses.replace(spec, page_size=page_size)
     shapes = arg_specs.arg_shapes(spec, dtype, num_layers=32, num_pages=4096)
     shapes = {name: x for name, x in shapes.items() if name not in left_out}
     gpu = compiled_code.target("h200")
     code = compiled_code.compile_for(
-        gpu, lambda args: attend(**args, layer=3, sm_scale=0.1, config=mosaic_gpu.Config()), (shapes,)
+        gpu, lambda args: attend(**args, layer=3, sm_scale=0.1, config=config or mosaic_gpu.Config()), (shapes,)
     )
     kernels = [kernel for kernel in code.kernels if kernel.compiler == "mosaic"]
     for kernel in kernels:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nanojax.pipeline.dependencies import SAME_LAYER, needs, with_dependencies
 from nanojax.pipeline.ir import COLLECTIVES, NanoBatch, Node, OpKind, Pipeline
-from nanojax.pipeline.library import PIPELINES
+from nanojax.pipeline.library import ONE_DEVICE, PIPELINES
 
 NUM_TOKENS = 12
 MAX_NODES = 3 * len(OpKind)
@@ -19,7 +19,7 @@ def ready_made(num_tokens):
     for name, make in PIPELINES.items():
         for is_moe in (False, True):
             for num_devices in (1, 8):
-                if name != "llama_8b" or num_devices == 1:
+                if name not in ONE_DEVICE or num_devices == 1:
                     identity = f"{name}-{num_tokens}-{'moe' if is_moe else 'dense'}-{num_devices}"
                     yield identity, num_devices, make(num_tokens, is_moe, num_devices)
 

@@ -1,6 +1,7 @@
 """Does every implementation of the matrix product keep the contract of `api.py`?"""
 
 import ast
+import concurrent.futures
 import functools
 import math
 import pathlib
@@ -214,3 +215,13 @@ def test_no_address_outlives_its_array():
     paths = list(pathlib.Path(api.__file__).parents[1].rglob("*.py"))
     assert [path.name for path in paths if addresses_that_outlive_their_array(path.read_text())] == []
     assert any(".ctypes.data" in path.read_text() for path in paths)
+
+
+@pytest.mark.skipif(api._why_not_numba(jnp.ones((32, 48))) is not None, reason="no numba here")
+def test_threads_may_trace_programs_at_the_same_time():
+    """Each would make the kernel's target, of which XLA takes only one."""
+    numba_cpu._target.cache_clear()
+    x, kernel = jnp.ones((4, 32)), jnp.ones((32, 48))
+    lower = lambda scale: jax.jit(lambda x, kernel: matmul(scale * x, kernel, implementation="numba")).lower(x, kernel)  # noqa: E731
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(lower, range(4)))) == 4

@@ -183,6 +183,16 @@ class TestContract:
         assert sum(spec.q_lens) < spec.num_tokens
         assert not np.asarray(out[sum(spec.q_lens) :]).any()
 
+    def test_prefill_rows_complete_the_others(self, implementation):
+        spec = tiny(BATCHES["decode then prefill"])
+        args = tiny_args(spec)
+        num_decode = int(args["num_decode"])
+        assert 0 < num_decode < spec.num_tokens
+        decoded = jnp.full_like(args["q"], 7)
+        out = api.paged_attention(layer=LAYER, implementation=implementation, only="prefill", others=decoded, **args)
+        np.testing.assert_array_equal(out[:num_decode], decoded[:num_decode])
+        np.testing.assert_array_equal(out[num_decode:], attend(args, implementation)[num_decode:])
+
     def test_one_trace_serves_every_batch_of_a_shape(self, implementation):
         traces = []
 
@@ -290,6 +300,13 @@ def test_heads_that_do_not_divide_are_refused():
     args = tiny_args(tiny(BATCHES["decode only"], num_heads=3))
     with pytest.raises(ValueError, match="H=3 query heads are no multiple of K=2"):
         api.paged_attention(layer=0, **args)
+
+
+@pytest.mark.parametrize("only", [None, "decode"])
+def test_others_are_refused_where_they_are_wanted(only):
+    args = tiny_args(tiny(BATCHES["decode only"]))
+    with pytest.raises(ValueError, match=f"not of only={only!r}"):
+        api.paged_attention(layer=0, only=only, others=args["q"], **args)
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(xla.Config)])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention import api, arg_specs, mosaic_gpu
+from pallas_kernels.paged_attention import api, arg_specs, mosaic_decode, mosaic_gpu
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
 from pallas_kernels.paged_attention.arg_specs import ArgSpec, make_args
 from pallas_kernels.paged_attention.mosaic_decode import decode_schedule
@@ -44,6 +44,13 @@ DECODE_CASES = (
 def test_decode_rows_equal_the_reference_without_races(case):
     num_decode = len(case[-1])
     assert_close(case, mosaic_gpu.decode_rows, CONFIG, left_out={"cu_q_lens"}, is_checked=slice(num_decode))
+
+
+@pytest.mark.parametrize("num_workers", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_workers_of_a_cta_share_its_rows_without_races(num_workers):
+    config = mosaic_gpu.Config(block=64, num_stages=2, num_ctas=1, num_workers=num_workers)
+    case = DECODE_CASES[0]
+    assert_close(case, mosaic_gpu.decode_rows, config, left_out={"cu_q_lens"}, is_checked=slice(len(DECODE)))
 
 
 def test_a_race_is_seen():
@@ -87,7 +94,8 @@ def test_schedule_covers_each_block_once_and_is_balanced(kv_lens, num_ctas):
 
 
 @pytest.mark.parametrize(
-    "options", [{"block": 0}, {"block": 96}, {"num_stages": 0}, {"prefill_block": 96}, {"num_ctas": 0}]
+    "options",
+    [{"block": 0}, {"block": 96}, {"num_stages": 0}, {"prefill_block": 96}, {"num_ctas": 0}, {"num_workers": 4}],
 )
 def test_bad_configs_are_refused(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
@@ -168,3 +176,19 @@ def test_a_cache_of_more_than_2_to_the_31_elements_is_indexed_by_page():
 def test_decode_compiles_for_h200_without_spills(name, page_size):
     kernels = compiled_for_h200(mosaic_gpu.decode_rows, SPECS[name], page_size, left_out={"cu_q_lens"})
     assert all(kernel.registers is not None and kernel.registers <= 128 for kernel in kernels)
+
+
+@needs_plugin
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize(("num_workers", "num_stages", "num_registers"), [(2, 3, 128), (3, 2, 80)])
+def test_workers_fit_a_multiprocessor(num_workers, num_stages, num_registers):
+    """Three workers begin with 80 registers a thread, and hand around no more than their CTA has: one too many and it hangs."""
+    config = mosaic_gpu.Config(block=64, num_stages=num_stages, num_workers=num_workers)
+    kernels = compiled_for_h200(
+        mosaic_gpu.decode_rows, SPECS["8b-decode-64x2k"], 64, left_out={"cu_q_lens"}, config=config
+    )
+    kernel = max(kernels, key=lambda kernel: kernel.num_threads)
+    assert kernel.num_threads == 256 * num_workers
+    assert kernel.registers <= num_registers
+    handed_out = 384 * (mosaic_decode.CONSUMER_REGISTERS + mosaic_decode.PRODUCER_REGISTERS)
+    assert num_workers < 3 or handed_out <= kernel.registers * kernel.num_threads

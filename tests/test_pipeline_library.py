@@ -8,8 +8,10 @@ import re
 import pytest
 
 from nanojax.pipeline import library
+from nanojax.pipeline.dependencies import waits_for_decode
 from nanojax.pipeline.ir import NanoBatch, Node, OpKind
 from nanojax.pipeline.json_format import from_json, to_json
+from nanojax.pipeline.layer_loop import phases
 from nanojax.pipeline.validate import validate
 from tests.pipelines import NUM_TOKENS, ready_made
 
@@ -67,6 +69,24 @@ def test_the_order_on_each_stream_of_one_device_is_the_released_one():
     assert [pipeline.label(i) for i, n in enumerate(pipeline.nodes) if n.lag] == ["O2", "UG2", "D2"]
 
 
+def test_decode_attention_of_one_nano_batch_starts_with_the_dense_operations_of_the_other():
+    pipeline = library.decode_beside_dense(2048, 768, attention_share=0.3)
+    halves = [{pipeline.label(i) for _, i in phase} for phase in phases(pipeline, 4)][2:-1]
+    dense = [{f"{op}{n}" for op in ("PfAttn", "O", "UG", "D", "KQV")} for n in (1, 2)]
+    assert halves[::2] == [dense[0] | {"DecAttn2"}] * 3 + [(dense[0] - {"KQV1"}) | {"DecAttn2"}]
+    assert halves[1::2] == [dense[1] | {"DecAttn1"}] * 3
+    assert {(node.stream, node.share) for node in pipeline.nodes} == {(0, 0.7), (1, 0.3)}
+    prefill = [i for i, node in enumerate(pipeline.nodes) if node.op is OpKind.PF_ATTN]
+    assert all(waits_for_decode(pipeline, i) for i in prefill)
+
+
+def test_prefill_attention_of_the_published_pipelines_waits_for_no_decode_attention():
+    for name in ("llama_8b", "llama_70b_figure6", "sequential"):
+        pipeline = library.PIPELINES[name](2048, False, 1)
+        prefill = [i for i, node in enumerate(pipeline.nodes) if node.op is OpKind.PF_ATTN]
+        assert not any(waits_for_decode(pipeline, i) for i in prefill)
+
+
 def test_on_one_stream_keeps_nodes_and_order():
     pipeline = library.llama_70b_released()
     plain = library.on_one_stream(pipeline)
@@ -84,6 +104,7 @@ def test_on_one_stream_keeps_nodes_and_order():
         (lambda: library.nano_batched(8, ()), "splits=() must be positive"),
         (lambda: library.nano_batched(8, (4, 4), collectives=("gather",)), "must be one form, or as many as splits"),
         (lambda: library.llama_8b_single_gpu(8, 8), "first=8 must be between 0 and num_tokens=8"),
+        (lambda: library.decode_beside_dense(8, 0), "first=0 must be between 0 and num_tokens=8"),
         (lambda: library.PIPELINES["llama_8b"](64, False, 2), "is for one device, got num_devices=2"),
     ],
 )

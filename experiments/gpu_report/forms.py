@@ -115,6 +115,7 @@ def _mosaic_decode(num_cores: int) -> Callable[[int], Callable[..., jax.Array]]:
             call = decode.prepare(
                 q, k_pages, v_pages, layer, kv_lens, page_indices, num_decode, sm_scale=q.shape[-1] ** -0.5,
                 num_ctas=num_cores, num_stages=sm_exclusive.num_stages(q, k_pages),
+                num_workers=sm_exclusive.NUM_WORKERS,
             )  # fmt: skip
             return decode.attend(call, call.inputs, call.schedule, None)
 

@@ -77,6 +77,7 @@ def comparisons(is_smoke: bool, num_cores: int) -> list[Comparison]:
                 num_inner=inner,
                 columns={"job": f"{product.name}-{product.num_tokens} | {spec.name}"},
                 program_columns=columns,
+                graphs=Graphs.NO,
             )
         )
     return found
@@ -149,13 +150,10 @@ def _with_ratios(rows: list[Row]) -> list[Row]:
 
 
 def _trace(comparison: Comparison, setting: Setting) -> Row:
-    """Seconds in which two streams were busy at a time, by the profiler, in the first division of the form's.
-
-    Launched one by one: the profiler puts all kernels of a CUDA graph on one stream.
-    """
+    """Seconds in which two streams were busy at a time, by the profiler, in the first division of the form's."""
     name = next(iter(comparison.program_columns))
     args = jax.block_until_ready(jax.jit(comparison.args)())
-    program = compile_program(comparison, name, args, Graphs.NO)
+    program = compile_program(comparison, name, args)
     jax.block_until_ready(program(*args))
     folder = setting.out / "trace_pairs"
     shutil.rmtree(folder, ignore_errors=True)

@@ -29,6 +29,7 @@ class Comparison:
     args: makes the arrays; traceable.    programs: name -> function of the arrays; each does the job `num_inner` times.
     flops, num_bytes: of one job, as little as it can do with; what the roofline is made of.    columns: what the job is.
     num_ctas, or whatever else tells programs apart in numbers, goes into `program_columns`, by program.
+    graphs: one for each program, or none where programs use several streams, which a graph of XLA's runs one after another.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Comparison:
     columns: Row = dataclasses.field(default_factory=dict)
     program_columns: Mapping[str, Row] = dataclasses.field(default_factory=dict)
     needs_s: float = 5.0
+    graphs: Graphs = Graphs.ONE
 
 
 def timing_case(comparison: Comparison, setting: Setting) -> Case:
@@ -69,7 +71,8 @@ def measure(comparison: Comparison, setting: Setting) -> list[Row]:
 
 def _compile(comparison: Comparison, args: Sequence[Any]) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
     """The programs that compile, and why the others do not."""
-    found = dict(zip(comparison.programs, compile_together(list(comparison.programs.values()), args), strict=True))
+    programs = list(comparison.programs.values())
+    found = dict(zip(comparison.programs, compile_together(programs, args, comparison.graphs), strict=True))
     errors = {  # one implementation that does not support a shape shall not hide the others
         name: f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
         for name, error in found.items()
@@ -78,18 +81,18 @@ def _compile(comparison: Comparison, args: Sequence[Any]) -> tuple[dict[str, Cal
     return {name: program for name, program in found.items() if name not in errors}, errors
 
 
-def compile_together(programs: Sequence[Callable[..., Any]], args: Sequence[Any]) -> list[Any]:
+def compile_together(
+    programs: Sequence[Callable[..., Any]], args: Sequence[Any], graphs: Graphs = Graphs.ONE
+) -> list[Any]:
     """Each program compiled for these arguments, or the error; several at a time, as most of it is not Python."""
     with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-        waiting = [pool.submit(_compiled, program, args) for program in programs]
+        waiting = [pool.submit(_compiled, program, args, graphs) for program in programs]
         return [future.exception() or future.result() for future in waiting]
 
 
-def compile_program(
-    comparison: Comparison, name: str, args: Sequence[Any], graphs: Graphs = Graphs.ONE
-) -> Callable[..., Any]:
+def compile_program(comparison: Comparison, name: str, args: Sequence[Any]) -> Callable[..., Any]:
     """The compiled program for arguments, or shapes of arguments, `args`."""
-    return _compiled(comparison.programs[name], args, graphs)
+    return _compiled(comparison.programs[name], args, comparison.graphs)
 
 
 def _compiled(program: Callable[..., Any], args: Sequence[Any], graphs: Graphs = Graphs.ONE) -> Callable[..., Any]:

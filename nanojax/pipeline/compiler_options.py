@@ -17,12 +17,18 @@ class Graphs(enum.Enum):
     A step of greedy requests is one graph by XLA's default: it has neither loops nor conditions, which that leaves to the host.
     ONE has them in the graph, and is not for serving: on an H200 with jax 0.11.2 a step with WHILE lost pages, with
     CONDITIONAL, too, it admitted nobody; with CONDITIONAL alone it was right (`experiments/LOG.md`).
-    NO is for a profiler, which tells only of kernels launched one by one what they belong to.
+    NO is for steps on several streams, as the branches of a graph of XLA's run one after another (an H200, jax 0.11.2), and for a
+    profiler, which tells only of kernels launched one by one what they belong to.
     """
 
     ONE = "one"
     SOME = "some"
     NO = "no"
+
+
+def best_graphs(num_streams: int) -> Graphs:
+    """What the host launches, unless somebody says otherwise, for a step on so many streams."""
+    return Graphs.SOME if num_streams == 1 else Graphs.NO
 
 
 def gpu_options(graphs: Graphs, *, num_devices: int = 1) -> Mapping[str, bool | int | str]:

@@ -89,6 +89,19 @@ def ancestors(pipeline: Pipeline, num_iterations: int, *, with_streams: bool = F
     return found
 
 
+def waits_for_decode(pipeline: Pipeline, index: int) -> bool:
+    """Whether a prefill attention node depends on decode attention of all of its tokens; the data flow does not ask for it."""
+    node, reach = pipeline.nodes[index], ancestors(pipeline, 3)
+    twins = [
+        (i, node.lag - other.lag)
+        for i, other in enumerate(pipeline.nodes)
+        if other.op is OpKind.DEC_ATTN and pipeline.tokens_of(other).intersects(pipeline.tokens_of(node))
+    ]
+    return all(
+        distance >= 0 and reach[2][index] >> ((2 - distance) * len(pipeline.nodes) + i) & 1 for i, distance in twins
+    )
+
+
 def with_dependencies(pipeline: Pipeline, nodes: Collection[int] | None = None) -> Pipeline:
     """The pipeline with `deps` and `carried_deps` that satisfy the data flow, so that one can write only nodes in order.
 

@@ -102,6 +102,11 @@ class Pipeline:
         """Whether the pipeline has collectives; one without them is for one device."""
         return any(node.op in COLLECTIVES for node in self.nodes)
 
+    @property
+    def num_streams(self) -> int:
+        """Streams that the nodes name."""
+        return len({node.stream for node in self.nodes})
+
     def label(self, index: int) -> str:
         """Short name of a node for pictures: `KQV2` is the second of several by tokens, `KQV` the only one."""
         same = [i for i, node in enumerate(self.nodes) if node.op is self.nodes[index].op]

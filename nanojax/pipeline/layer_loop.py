@@ -20,6 +20,7 @@ from nanojax.kv_cache import KVPages
 from nanojax.models.decoder import DecoderLayer, FeedForward
 from nanojax.models.layers import Extent
 from nanojax.pipeline import streams
+from nanojax.pipeline.dependencies import waits_for_decode
 from nanojax.pipeline.ir import NanoBatch, Node, OpKind, Pipeline
 from nanojax.pipeline.kernel_paths import Path, Room, choose, decode_on
 from nanojax.pipeline.pieces import Pieces
@@ -57,12 +58,12 @@ def run_layers(
     rest is as in `execute.forward`.
     """
     # On one stream nothing overlaps, and no join would keep the cache's reads before its writes: XLA copies it then.
-    use_streams = use_streams and len({node.stream for node in pipeline.nodes}) > 1
+    use_streams = use_streams and pipeline.num_streams > 1
     calls = attention_calls(pipeline)
     with jax.named_scope("cut"):
         loop = _Loop(
             layers, rope, kv, pipeline, network or Network(layers, lambda part, axis: part, lambda part: part), attention,
-            use_streams, room, calls, _rows_of_calls(pipeline, calls, batch),
+            use_streams, room, calls, _rows_of_calls(pipeline, calls, batch), _completing(pipeline, calls),
             num_tokens=batch.cu_q_lens[-1], is_decode=jnp.arange(batch.tokens.shape[0]) < batch.num_decode,
             pages=batch.pages, offset=batch.positions % kv.k.shape[3],
         )  # fmt: skip
@@ -92,6 +93,11 @@ def attention_calls(pipeline: Pipeline) -> dict[int, tuple[OpKind, ...]]:
             if are_near and one.op is not two.op:
                 calls[i], calls[j] = ATTENTION, ()
     return calls
+
+
+def _completing(pipeline: Pipeline, calls: Mapping[int, tuple[OpKind, ...]]) -> frozenset[NanoBatch]:
+    prefill = [i for i, ops in calls.items() if ops == (OpKind.PF_ATTN,) and waits_for_decode(pipeline, i)]
+    return frozenset(pipeline.tokens_of(pipeline.nodes[i]) for i in prefill)
 
 
 def _steps(pipeline: Pipeline, num_layers: int) -> Iterator[Step]:
@@ -134,6 +140,7 @@ class _Loop:
     """What the nodes share while a step is traced; `kv`, `pieces`, `reads` and `paths` move on from node to node.
 
     calls: see `attention_calls`.    rows: the batch of each call, by range and operations.
+    completing: ranges whose prefill attention depends on their decode attention, and is given its results to complete them.
     reads: results of attention that no write to the cache has waited for yet.    paths: of the nodes of this phase.
     """
 
@@ -147,6 +154,7 @@ class _Loop:
     room: Room | None
     calls: Mapping[int, tuple[OpKind, ...]]
     rows: Mapping[tuple[NanoBatch, tuple[OpKind, ...]], RaggedBatch]
+    completing: frozenset[NanoBatch]
     num_tokens: Int32[Array, ""]
     is_decode: Bool[Array, "T"]
     pages: Int32[Array, "T"]
@@ -247,9 +255,14 @@ class _Loop:
         only: Rows | None = _KINDS.get(self.calls[index])
 
         def attend_to_pages(q: Array) -> Array:
+            others = (
+                self.pieces.get(OpKind.DEC_ATTN, layer, tokens)
+                if tokens in self.completing and only == "prefill"
+                else None
+            )
             return paged_attention(
                 q, self.kv.k, self.kv.v, layer, rows.kv_lens, rows.page_indices, rows.cu_q_lens, rows.num_decode,
-                implementation=self.attention, only=only,
+                implementation=self.attention, only=only, others=others,
             )  # fmt: skip
 
         attend: Callable[[Array], Array] = attend_to_pages
@@ -263,7 +276,8 @@ class _Loop:
         """Attention's result for decode and prefill rows, the heads of this device."""
         decode, prefill = ([id(value) for _, value in self.pieces.touching(op, layer, tokens)] for op in ATTENTION)
         from_prefill = self.pieces.get(OpKind.PF_ATTN, layer, tokens)
-        if decode == prefill:
+        parts = self.pieces.touching(OpKind.PF_ATTN, layer, tokens)
+        if decode == prefill or all(own in self.completing for own, _ in parts):
             return from_prefill
         is_decode = self.is_decode[tokens.start : tokens.stop, None, None]
         return jnp.where(is_decode, self.pieces.get(OpKind.DEC_ATTN, layer, tokens), from_prefill)

@@ -90,6 +90,36 @@ def llama_8b_single_gpu(num_tokens: int = 1024, first: int = 384, *, is_moe: boo
     return _pipeline("llama_8b", num_tokens, rows)
 
 
+def decode_beside_dense(
+    num_tokens: int,
+    first: int,
+    *,
+    attention_share: float = ONE_DEVICE_SHARES["attention"],
+    is_moe: bool = False,
+) -> Pipeline:
+    """`llama_8b_single_gpu` for GPUs whose kernels take whole multiprocessors: the same half a layer of software pipelining.
+
+    All decode attention of a nano-batch is one node, which begins together with the other one's dense operations, so that it
+    never waits for multiprocessors that a product has just taken.  Prefill attention, bound by compute as these are, is on
+    their stream, and completes what decode attention of its nano-batch left in the half before.
+    Raises ValueError unless `first` leaves tokens for both nano-batches.
+    """
+    if not 0 < first < num_tokens:
+        raise ValueError(f"first={first} must be between 0 and num_tokens={num_tokens}")
+    one, two = NanoBatch(0, first), NanoBatch(first, num_tokens)
+    dense = (OpKind.O, *((OpKind.ROUTER,) if is_moe else ()), OpKind.UG, OpKind.D)
+    compute = {"stream": COMPUTE_STREAM, "share": 1 - attention_share}
+    memory = {"stream": MEMORY_STREAM, "share": attention_share}
+    decode_one, decode_two = 1, 4 + len(dense)  # in the rows below
+    rows = [_Row(OpKind.KQV, one, **compute), _Row(OpKind.DEC_ATTN, one, **memory)]
+    rows.append(_Row(OpKind.PF_ATTN, two, lag=1, carried_deps=(decode_two,), **compute))
+    rows += [_Row(op, two, lag=1, **compute) for op in dense]
+    rows += [_Row(OpKind.KQV, two, **compute), _Row(OpKind.DEC_ATTN, two, **memory)]
+    rows.append(_Row(OpKind.PF_ATTN, one, deps=(decode_one,), **compute))
+    rows += [_Row(op, one, **compute) for op in dense]
+    return _pipeline("decode_beside_dense", num_tokens, rows)
+
+
 def llama_70b_figure6(num_tokens: int = 2048, *, collectives: Collectives = "gather", is_moe: bool = False) -> Pipeline:
     """The paper's pipeline for LLaMA-2-70B on 8 devices, with its shares (Figure 6): nano-batches 768 and 1280.
 
@@ -132,19 +162,27 @@ def _named_nano_batched(num_tokens: int, is_moe: bool, num_devices: int) -> Pipe
     return nano_batched(num_tokens, (one.num_tokens, two.num_tokens), collectives=forms, is_moe=is_moe)
 
 
-def _named_8b(num_tokens: int, is_moe: bool, num_devices: int) -> Pipeline:
-    if num_devices > 1:
-        raise ValueError(f"pipeline 'llama_8b' is for one device, got num_devices={num_devices}")
-    if num_tokens < 2:
-        return dataclasses.replace(sequential(num_tokens, is_moe=is_moe), name="llama_8b")
-    cut = _cut(_whole(num_tokens), RELEASED_8B[0] / sum(RELEASED_8B), _grid(num_tokens, 2), 1)
-    return llama_8b_single_gpu(num_tokens, cut, is_moe=is_moe)
+def _for_one_device(name: str, make: Callable[..., Pipeline]) -> Callable[[int, bool, int], Pipeline]:
+    """`make(num_tokens, first, is_moe=...)` with the released proportions of two nano-batches."""
 
+    def named(num_tokens: int, is_moe: bool, num_devices: int) -> Pipeline:
+        if num_devices > 1:
+            raise ValueError(f"pipeline {name!r} is for one device, got num_devices={num_devices}")
+        if num_tokens < 2:
+            return dataclasses.replace(sequential(num_tokens, is_moe=is_moe), name=name)
+        cut = _cut(_whole(num_tokens), RELEASED_8B[0] / sum(RELEASED_8B), _grid(num_tokens, 2), 1)
+        return make(num_tokens, cut, is_moe=is_moe)
+
+    return named
+
+
+ONE_DEVICE = {"llama_8b": llama_8b_single_gpu, "decode_beside_dense": decode_beside_dense}
+"""Pipelines without a place for collectives."""
 
 PIPELINES: dict[str, Callable[[int, bool, int], Pipeline]] = {
     "sequential": _named_sequential,
     "nano_batched": _named_nano_batched,
-    "llama_8b": _named_8b,
+    **{name: _for_one_device(name, make) for name, make in ONE_DEVICE.items()},
     "llama_70b_figure6": lambda n, moe, devices: llama_70b_figure6(n, collectives=_form(devices), is_moe=moe),
     "llama_70b_released": lambda n, moe, devices: llama_70b_released(n, collectives=_form(devices), is_moe=moe),
     "mixtral_released": lambda n, moe, devices: mixtral_released(n, collectives=_form(devices), is_moe=moe),
@@ -153,7 +191,7 @@ PIPELINES: dict[str, Callable[[int, bool, int], Pipeline]] = {
 
 Nano-batches keep the released proportions, with cuts at multiples of 128 tokens where there are enough, else of 8 or 1.
 A single token cannot be split, so it gets the sequential pipeline.  Collectives are left out on one device.
-Raises ValueError unless num_tokens is positive, and for `llama_8b` on several devices.
+Raises ValueError unless num_tokens is positive, and for those of `ONE_DEVICE` on several devices.
 """
 
 
@@ -167,11 +205,12 @@ class _Row:
     share: float = 1.0
     lag: int = 0
     deps: tuple[int, ...] = ()
+    carried_deps: tuple[int, ...] = ()
 
 
 def _pipeline(name: str, num_tokens: int, rows: Sequence[_Row]) -> Pipeline:
     ranges = tuple(dict.fromkeys(row.tokens for row in rows))
-    nodes = tuple(Node(r.op, ranges.index(r.tokens), r.deps, r.share, r.stream, r.lag) for r in rows)
+    nodes = tuple(Node(r.op, ranges.index(r.tokens), r.deps, r.share, r.stream, r.lag, r.carried_deps) for r in rows)
     return with_dependencies(Pipeline(name, num_tokens, ranges, nodes))
 
 

@@ -63,8 +63,10 @@ def why_not_decode(form: str, q: Any, k_pages: Any, v_pages: Any) -> str | None:
     reason = decode.why_not(q, k_pages, v_pages)
     if reason is None:
         try:
-            num_stages = sm_exclusive.num_stages(q, k_pages) if form != "capped_grid" else capped_grid.NUM_STAGES
-            decode.smem_bytes(q, k_pages, num_stages)
+            if form == "capped_grid":
+                decode.smem_bytes(q, k_pages, capped_grid.NUM_STAGES)
+            else:
+                sm_exclusive.num_stages(q, k_pages)
         except ValueError as error:
             return f"does not fit: {error}"
     return reason

@@ -31,9 +31,9 @@ def why_not(q, k_pages, v_pages) -> str | None:
     return reason
 
 
-def smem_bytes(q, k_pages, num_stages: int) -> int:
+def smem_bytes(q, k_pages, num_stages: int, num_workers: int = 1) -> int:
     """Shared memory of a CTA.  Raises ValueError where it is more than a CTA can have."""
-    config = mosaic_gpu.Config(BLOCK, num_stages, num_ctas=1)
+    config = mosaic_gpu.Config(BLOCK, num_stages, num_ctas=1, num_workers=num_workers)
     return config.decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale=1.0).smem_bytes(q.dtype)
 
 
@@ -49,10 +49,12 @@ def prepare(
     sm_scale: float,
     num_ctas: int,
     num_stages: int,
+    num_workers: int = 1,
 ) -> Decode:
-    """The call for `num_ctas` CTAs that each have `num_stages` blocks of keys and values in flight."""
-    shape = mosaic_gpu.Config(BLOCK, num_stages, num_ctas).decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
-    schedule = _schedule(kv_lens, num_decode, shape.num_kv_heads, shape.block, num_ctas)
+    """The call for `num_ctas` CTAs whose workers each have `num_stages` blocks of keys and values in flight."""
+    config = mosaic_gpu.Config(BLOCK, num_stages, num_ctas, num_workers)
+    shape = config.decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
+    schedule = _schedule(kv_lens, num_decode, shape.num_kv_heads, shape.block, shape.num_runs)
     *pages, first_page = mosaic_gpu.end_to_end(k_pages, v_pages, layer)
     return Decode(shape, first_page, (q, *pages, page_indices), schedule)
 

@@ -35,7 +35,7 @@ def run(
     shape = matmul.shape_of(
         x, kernel, residual[0] if residual else None, num_ctas=split.matmul, out_dtype=out_dtype, config=config
     )
-    call = sm_exclusive.prepare(split.attention, attention)
+    call = sm_exclusive.prepare(split.attention, attention, num_workers=1)  # a product has three warpgroups
     q, k_pages, v_pages, table = call.inputs
     inputs = mosaic_decode.kernel_inputs(q, k_pages, v_pages, call.first_page, table, call.schedule, call.shape)
     num_parts = call.schedule.parts.shape[0]

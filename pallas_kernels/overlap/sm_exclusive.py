@@ -15,22 +15,24 @@ from pallas_kernels.overlap.shares import Split
 
 SM_SMEM_BYTES, RESERVED_BYTES = 233_472, 1024  # of a Hopper multiprocessor; taken by each CTA beside its own
 ALONE_BYTES = SM_SMEM_BYTES // 2 - RESERVED_BYTES  # two CTAs of more than this do not fit one multiprocessor
-NUM_STAGES = 6
+NUM_BLOCKS = 6
 """Blocks of keys and values in flight: at head_dim 128 they fill 192 KB a multiprocessor; 4.8 TB/s x 0.8 us is 3.8 MB."""
+NUM_WORKERS = 3
+"""In a CTA of attention: a multiprocessor is faster than one of them."""
 
 
-def num_stages(q, k_pages) -> int:
-    """Enough blocks in flight to fill more than half of a multiprocessor, for narrow heads more than `NUM_STAGES`."""
-    stages = NUM_STAGES
-    while decode.smem_bytes(q, k_pages, stages) <= ALONE_BYTES:
+def num_stages(q, k_pages, num_workers: int = NUM_WORKERS) -> int:
+    """Enough blocks in flight to fill more than half of a multiprocessor, for narrow heads more than `NUM_BLOCKS`."""
+    stages = NUM_BLOCKS // num_workers
+    while decode.smem_bytes(q, k_pages, stages, num_workers) <= ALONE_BYTES:
         stages += 1
     return stages
 
 
-def prepare(num_sms: int, attention: dict[str, Any]) -> decode.Decode:
+def prepare(num_sms: int, attention: dict[str, Any], num_workers: int = NUM_WORKERS) -> decode.Decode:
     """Decode attention with `num_sms` multiprocessors to itself.  `attention`: the other arguments of `decode.prepare`."""
-    stages = num_stages(attention["q"], attention["k_pages"])
-    return decode.prepare(**attention, num_ctas=num_sms, num_stages=stages)
+    stages = num_stages(attention["q"], attention["k_pages"], num_workers)
+    return decode.prepare(**attention, num_ctas=num_sms, num_stages=stages, num_workers=num_workers)
 
 
 def run(

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import math
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.device import platform, why_not_hopper
@@ -24,6 +25,7 @@ def paged_attention(
     sm_scale: float | None = None,
     implementation: str | None = None,
     only: Rows | None = None,
+    others: Float[Array, "T H h"] | None = None,
 ) -> Float[Array, "T H h"]:
     """Causal attention of a flat ragged batch over keys and values in pages.
 
@@ -46,12 +48,13 @@ def paged_attention(
         without it "mosaic_gpu" on compute capability 9 for the shapes and dtypes it has kernels for; "numba" on a CPU for
         pages of uint16 or float32 where numba is installed; else "xla".
       only: the rows whose results are wanted, if not all: on a GPU the other kind's kernels are not launched then.
+      others: with `only="prefill"`, results of the decode rows, to be given back among the others; their memory is reused.
 
     Returns:
       Weighted values in the dtype of `q`, accumulated in float32; 0 for padding tokens, anything for rows not wanted.
 
     Raises:
-      ValueError: H is no multiple of K, or `layer` is not in [0, L).
+      ValueError: H is no multiple of K, `layer` is not in [0, L), or `others` are given without `only="prefill"`.
       NotImplementedError: the implementation named does not exist, or cannot run here or on these dtypes.
     """
     num_heads, head_dim = q.shape[1:]
@@ -60,6 +63,8 @@ def paged_attention(
         raise ValueError(f"H={num_heads} query heads are no multiple of K={num_kv_heads} KV heads")
     if not 0 <= layer < num_layers:
         raise ValueError(f"layer={layer} is not in [0, {num_layers})")
+    if others is not None and only != "prefill":
+        raise ValueError(f"others are the decode rows of only='prefill', not of only={only!r}")
     if implementation is None:
         reasons = {
             "triton": _why_not_triton(q, k_pages, v_pages),
@@ -81,7 +86,7 @@ def paged_attention(
             reason = _why_not_triton(q, k_pages, v_pages)
             if reason is not None:
                 raise NotImplementedError(f"implementation='triton' {reason}")
-            attend = functools.partial(triton_gpu.paged_attention, only=only)
+            attend = functools.partial(triton_gpu.paged_attention, only=only, others=others)
         case "mosaic_gpu":
             reason = _why_not_mosaic_gpu(q, k_pages, v_pages)
             if reason is not None:
@@ -95,7 +100,10 @@ def paged_attention(
             names = "'mosaic_gpu', 'numba', 'reference', 'triton', 'xla'"
             raise NotImplementedError(f"implementation={implementation!r} is none of {names}")
     scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
-    return attend(q, k_pages, v_pages, layer, kv_lens, page_indices, cu_q_lens, num_decode, sm_scale=scale)
+    out = attend(q, k_pages, v_pages, layer, kv_lens, page_indices, cu_q_lens, num_decode, sm_scale=scale)
+    if others is None or implementation == "triton":
+        return out
+    return jnp.where((jnp.arange(q.shape[0]) < num_decode)[:, None, None], others, out)
 
 
 def _why_not_triton(q, k_pages, v_pages) -> str | None:

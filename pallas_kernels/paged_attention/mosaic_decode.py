@@ -26,7 +26,10 @@ from pallas_kernels.inlined import inlined
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
 from pallas_kernels.paged_attention.mosaic_tiles import Interpret
 
-CONSUMER, PRODUCER = 0, 1  # warpgroups
+CONSUMER, PRODUCER = 0, 1  # the warpgroups of a worker
+# Three workers' 768 threads start with 80 registers each; those who fetch give half of theirs to those who attend.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 120, 40
+REDUCTION_BYTES = 2048  # in which Mosaic lets the warps of a warpgroup reduce
 
 
 class DecodeSchedule(typing.NamedTuple):
@@ -71,7 +74,11 @@ def decode_schedule(
 
 @dataclasses.dataclass(frozen=True)
 class DecodeShape:
-    """What the kernels are compiled for.  `heads` is the padded G'; `num_stages` blocks are in flight."""
+    """What the kernels are compiled for.  `heads` is the padded G'; each worker has `num_stages` blocks in flight.
+
+    A worker is two warpgroups, one that fetches and one that attends, with rings and a run of blocks of its own: one alone
+    waits most of its time for its own last instruction.
+    """
 
     group: int
     head_dim: int
@@ -81,6 +88,7 @@ class DecodeShape:
     num_stages: int
     num_ctas: int
     scale: float  # on the scores, times log2(e)
+    num_workers: int = 1  # in a CTA
 
     @property
     def heads(self) -> int:
@@ -92,19 +100,30 @@ class DecodeShape:
         """TMA copies for a block of keys."""
         return self.block // self.page_size
 
+    @property
+    def num_runs(self) -> int:
+        """Workers of all CTAs: equal runs of blocks."""
+        return self.num_ctas * self.num_workers
+
+    @property
+    def num_slots(self) -> int:
+        """Places for blocks in a CTA: the rings of its workers, end to end."""
+        return self.num_workers * self.num_stages
+
     def smem_bytes(self, dtype) -> int:
-        """Shared memory of the buffers, with a kilobyte for barriers and 2 KB in which warps reduce."""
-        rows = self.num_stages * (self.heads + 2 * self.block)
-        return (rows * self.head_dim + self.heads * self.block) * jnp.dtype(dtype).itemsize + 3072
+        """Shared memory of the buffers, with a kilobyte for barriers and 2 KB for each worker's warps to reduce in."""
+        rows = self.num_slots * (self.heads + 2 * self.block)
+        values = rows * self.head_dim + self.num_workers * self.heads * self.block
+        return values * jnp.dtype(dtype).itemsize + 1024 + self.num_workers * REDUCTION_BYTES
 
     def scratch(self, dtype) -> dict:
-        """Shared memory and barriers: rings of keys with their queries and of values, one block of weights."""
-        ring = functools.partial(plgpu.Barrier, num_barriers=self.num_stages)
+        """Shared memory and barriers: for each worker rings of keys with their queries and of values, one block of weights."""
+        ring = functools.partial(plgpu.Barrier, num_barriers=self.num_slots)
         return {
-            "q_smem": tiles.operand((self.num_stages, self.heads, self.head_dim), dtype),
-            "k_smem": tiles.operand((self.num_stages, self.block, self.head_dim), dtype),
-            "v_smem": tiles.operand((self.num_stages, self.block, self.head_dim), dtype),
-            "p_smem": tiles.operand((self.heads, self.block), dtype),
+            "q_smem": tiles.operand((self.num_slots, self.heads, self.head_dim), dtype),
+            "k_smem": tiles.operand((self.num_slots, self.block, self.head_dim), dtype),
+            "v_smem": tiles.operand((self.num_slots, self.block, self.head_dim), dtype),
+            "p_smem": tiles.operand((self.num_workers, self.heads, self.block), dtype),
             "k_full": ring(num_arrivals=self.pages_per_block + 1),
             "v_full": ring(num_arrivals=self.pages_per_block),
             "k_free": ring(num_arrivals=1),
@@ -113,99 +132,130 @@ class DecodeShape:
 
 
 def attend_parts(shape: DecodeShape, cta, refs, scratch, interpret: Interpret) -> None:
-    """What CTA `cta` of `shape.num_ctas` does, with two warpgroups: fetch the blocks of its parts and attend to them.
+    """What CTA `cta` of `shape.num_ctas` does, with two warpgroups for each worker: fetch the blocks of its parts, attend to them.
 
     refs: those of `kernel_inputs` and `part_types`, in global memory.
     """
-    q, k_pages, v_pages, table, first_page_of_layer, parts, cu_parts_of_cta, kv_lens, acc_out, lse_out = refs
-    s = scratch
-    block, heads = shape.block, shape.heads
-    first_part, end_part = cu_parts_of_cta[cta], cu_parts_of_cta[cta + 1]
     warpgroup = lax.axis_index("warpgroup")
+    worker = jnp.minimum(warpgroup // 2, shape.num_workers - 1)
+    run = cta * shape.num_workers + worker
+    role = jnp.where(warpgroup < 2 * shape.num_workers, lax.rem(warpgroup, 2), -1)
 
-    @pl.when(warpgroup == PRODUCER)
-    def produce():
-        first_of_layer = first_page_of_layer[0]
+    is_crowded = shape.num_workers > 2 and interpret is None
 
-        def part_body(part, step):
-            row, kv_head, first_block, num_blocks = (parts[part, i] for i in range(4))
-            pages_of_row = (kv_lens[row] + shape.page_size - 1) // shape.page_size
-            query = q.at[row, kv_head]
+    def fetch() -> None:
+        if is_crowded:
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        _fetch(shape, worker, run, refs, scratch)
 
-            def block_body(i, step):
-                slot = lax.rem(step, jnp.int32(shape.num_stages))
-                first_page = (first_block + i) * shape.pages_per_block
-                num_pages = jnp.minimum(pages_of_row - first_page, shape.pages_per_block)
-                page_ids = tiles.page_ids_of(table, row, first_page, num_pages, first_of_layer, shape.pages_per_block)
-                for pages, ring, full, free in (
-                    (k_pages, s["k_smem"], s["k_full"], s["k_free"]),
-                    (v_pages, s["v_smem"], s["v_full"], s["v_free"]),
-                ):
+    def attend() -> None:
+        if is_crowded:
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        _attend(shape, worker, run, refs, scratch, interpret)
 
-                    @pl.when(step >= shape.num_stages)
-                    def wait(free=free):
-                        plgpu.barrier_wait(free.at[slot])
+    def attend_from(nth: int) -> None:
+        """Warps reduce where free shared memory begins, whoever they are: the code of each worker is compiled with more of it taken."""
+        if nth + 1 < shape.num_workers:
+            taken = plgpu.SMEM((REDUCTION_BYTES // 4,), jnp.int32)
+            pl.run_scoped(lambda _: attend_from(nth + 1), taken, collective_axes="warpgroup")
+        pl.when((role == CONSUMER) & (worker == nth))(attend)
 
-                    if pages is k_pages:  # the queries ride with each block of keys: no barriers of their own
-                        plgpu.copy_gmem_to_smem(query, s["q_smem"].at[slot], full.at[slot])
-                    tiles.fetch_pages(pages, kv_head, page_ids, num_pages, ring.at[slot], full.at[slot])
-                return step + 1
+    if interpret is None:
+        attend_from(0)
+    else:
+        pl.when(role == CONSUMER)(attend)
+    pl.when(role == PRODUCER)(fetch)
 
-            return lax.fori_loop(0, num_blocks, block_body, step)
 
-        step = lax.fori_loop(first_part, end_part, part_body, jnp.int32(0))
-        for slot in range(shape.num_stages):  # leave no phase unseen
+def _fetch(shape: DecodeShape, worker, run, refs, s) -> None:
+    """The blocks of a run, each with its queries, as soon as its place in the worker's rings is free."""
+    q, k_pages, v_pages, table, first_page_of_layer, parts, cu_parts_of_run, kv_lens, _, _ = refs
+    first_of_layer, first_slot = first_page_of_layer[0], worker * shape.num_stages
 
-            @pl.when(slot < step)
-            def drain(slot=slot):
-                plgpu.barrier_wait(s["k_free"].at[slot])
-                plgpu.barrier_wait(s["v_free"].at[slot])
+    def part_body(part, step):
+        row, kv_head, first_block, num_blocks = (parts[part, i] for i in range(4))
+        pages_of_row = (kv_lens[row] + shape.page_size - 1) // shape.page_size
+        query = q.at[row, kv_head]
 
-    @pl.when(warpgroup == CONSUMER)
-    def consume():
-        def part_body(part, step):
-            row, first_block, num_blocks = (parts[part, i] for i in (0, 2, 3))
-            kv_len = kv_lens[row]
+        def block_body(i, step):
+            slot = first_slot + lax.rem(step, jnp.int32(shape.num_stages))
+            first_page = (first_block + i) * shape.pages_per_block
+            num_pages = jnp.minimum(pages_of_row - first_page, shape.pages_per_block)
+            page_ids = tiles.page_ids_of(table, row, first_page, num_pages, first_of_layer, shape.pages_per_block)
+            for pages, ring, full, free in (
+                (k_pages, s["k_smem"], s["k_full"], s["k_free"]),
+                (v_pages, s["v_smem"], s["v_full"], s["v_free"]),
+            ):
 
-            def block_body(i, state):
-                step, peak, total, acc = state
-                slot = lax.rem(step, jnp.int32(shape.num_stages))
-                num_valid = kv_len - (first_block + i) * block
-                plgpu.barrier_wait(s["k_full"].at[slot])
-                scores = tiles.matmul(s["k_smem"].at[slot], s["q_smem"].at[slot], interpret, transpose_b=True)
-                plgpu.barrier_arrive(s["k_free"].at[slot])
-                is_visible = tiles.iota((block, heads), 0, interpret) < num_valid
-                scores = jnp.where(is_visible, scores * shape.scale, tiles.MASKED)
-                new_peak = jnp.maximum(peak, jnp.max(scores, axis=0))
-                old = jnp.exp2(peak - new_peak)
-                weights = jnp.exp2(scores - tiles.spread(new_peak, scores.shape, 1))
-                total = total * tiles.spread(old, total.shape, 1) + weights
-                tiles.store_transposed(s["p_smem"], weights.astype(s["p_smem"].dtype), interpret)
-                plgpu.commit_smem()
-                plgpu.barrier_wait(s["v_full"].at[slot])
-                values = s["v_smem"].at[slot]
+                @pl.when(step >= shape.num_stages)
+                def wait(free=free):
+                    plgpu.barrier_wait(free.at[slot])
 
-                @pl.when(num_valid < block)
-                def clear():
-                    tiles.clear_beyond(values, num_valid, interpret, range(block))
+                if pages is k_pages:  # the queries ride with each block of keys: no barriers of their own
+                    plgpu.copy_gmem_to_smem(query, s["q_smem"].at[slot], full.at[slot])
+                tiles.fetch_pages(pages, kv_head, page_ids, num_pages, ring.at[slot], full.at[slot])
+            return step + 1
 
-                product = tiles.matmul(values, s["p_smem"], interpret, transpose_a=True, transpose_b=True)
-                plgpu.barrier_arrive(s["v_free"].at[slot])
-                return step + 1, new_peak, total, acc * tiles.spread(old, acc.shape, 1) + product
+        return lax.fori_loop(0, num_blocks, block_body, step)
 
-            column = jnp.full((heads,), tiles.MASKED, jnp.float32)
-            if interpret is None:
-                column = plgpu.layout_cast(column, plgpu.Layout.WGMMA.reduce(0))
-            total, acc = (
-                tiles.as_accumulator(jnp.zeros((m, heads), jnp.float32), interpret) for m in (block, shape.head_dim)
-            )
-            step, peak, total, acc = lax.fori_loop(0, num_blocks, block_body, (step, column, total, acc))
-            total = jnp.sum(total, axis=0)
-            acc_out[part] = acc / tiles.spread(total, acc.shape, 1)
-            lse_out[part] = peak + jnp.log2(total)
-            return step
+    step = lax.fori_loop(cu_parts_of_run[run], cu_parts_of_run[run + 1], part_body, jnp.int32(0))
+    for slot in range(shape.num_stages):  # leave no phase unseen
 
-        lax.fori_loop(first_part, end_part, part_body, jnp.int32(0))
+        @pl.when(slot < step)
+        def drain(slot=slot):
+            plgpu.barrier_wait(s["k_free"].at[first_slot + slot])
+            plgpu.barrier_wait(s["v_free"].at[first_slot + slot])
+
+
+def _attend(shape: DecodeShape, worker, run, refs, s, interpret: Interpret) -> None:
+    """Online softmax over the blocks of each part of a run."""
+    _, _, _, _, _, parts, cu_parts_of_run, kv_lens, acc_out, lse_out = refs
+    block, heads, first_slot = shape.block, shape.heads, worker * shape.num_stages
+    weights_smem = s["p_smem"].at[worker]
+
+    def part_body(part, step):
+        row, first_block, num_blocks = (parts[part, i] for i in (0, 2, 3))
+        kv_len = kv_lens[row]
+
+        def block_body(i, state):
+            step, peak, total, acc = state
+            slot = first_slot + lax.rem(step, jnp.int32(shape.num_stages))
+            num_valid = kv_len - (first_block + i) * block
+            plgpu.barrier_wait(s["k_full"].at[slot])
+            scores = tiles.matmul(s["k_smem"].at[slot], s["q_smem"].at[slot], interpret, transpose_b=True)
+            plgpu.barrier_arrive(s["k_free"].at[slot])
+            is_visible = tiles.iota((block, heads), 0, interpret) < num_valid
+            scores = jnp.where(is_visible, scores * shape.scale, tiles.MASKED)
+            new_peak = jnp.maximum(peak, jnp.max(scores, axis=0))
+            old = jnp.exp2(peak - new_peak)
+            weights = jnp.exp2(scores - tiles.spread(new_peak, scores.shape, 1))
+            total = total * tiles.spread(old, total.shape, 1) + weights
+            tiles.store_transposed(weights_smem, weights.astype(weights_smem.dtype), interpret)
+            plgpu.commit_smem()
+            plgpu.barrier_wait(s["v_full"].at[slot])
+            values = s["v_smem"].at[slot]
+
+            @pl.when(num_valid < block)
+            def clear():
+                tiles.clear_beyond(values, num_valid, interpret, range(block))
+
+            product = tiles.matmul(values, weights_smem, interpret, transpose_a=True, transpose_b=True)
+            plgpu.barrier_arrive(s["v_free"].at[slot])
+            return step + 1, new_peak, total, acc * tiles.spread(old, acc.shape, 1) + product
+
+        column = jnp.full((heads,), tiles.MASKED, jnp.float32)
+        if interpret is None:
+            column = plgpu.layout_cast(column, plgpu.Layout.WGMMA.reduce(0))
+        total, acc = (
+            tiles.as_accumulator(jnp.zeros((m, heads), jnp.float32), interpret) for m in (block, shape.head_dim)
+        )
+        step, peak, total, acc = lax.fori_loop(0, num_blocks, block_body, (step, column, total, acc))
+        total = jnp.sum(total, axis=0)
+        acc_out[part] = acc / tiles.spread(total, acc.shape, 1)
+        lse_out[part] = peak + jnp.log2(total)
+        return step
+
+    lax.fori_loop(cu_parts_of_run[run], cu_parts_of_run[run + 1], part_body, jnp.int32(0))
 
 
 def _merge_body(shape: DecodeShape, interpret: Interpret, cu_parts, acc_in, lse_in, out) -> None:
@@ -268,7 +318,7 @@ def _make_parts_kernel(shape: DecodeShape, num_parts: int, dtype: jnp.dtype, int
         scratch_types=list(scratch.values()),
         grid=(shape.num_ctas,),
         grid_names=("cta",),
-        num_threads=2,
+        num_threads=2 * shape.num_workers,
         thread_name="warpgroup",
     )
 

@@ -5,6 +5,7 @@ group of query heads (`mosaic_prefill_plan.why_not`), through `xla` in the same 
 """
 
 import dataclasses
+import functools
 import math
 import typing
 
@@ -25,12 +26,14 @@ from pallas_kernels.paged_attention.mosaic_tiles import Interpret
 class Config:
     """Key tokens in a block, blocks in flight, and CTAs, each of which has an SM to itself where blocks are this large.
 
+    num_workers: of a decode CTA, each with `num_stages` blocks in flight; 1 to 3.
     `num_ctas` is the share of the SMs that attention takes, all if None: give the rest of them to a matmul.
     """
 
     block: int = 128
     num_stages: int = 3
     num_ctas: int | None = None
+    num_workers: int = 1
     prefill_block: int = 128
     prefill_stages: int = 2
 
@@ -43,6 +46,8 @@ class Config:
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name}={count} must be positive")
+        if self.num_workers not in (1, 2, 3):
+            raise ValueError(f"num_workers={self.num_workers} must be 1, 2 or 3")
 
     def decode_shape(self, q_shape, pages_shape, dtype, sm_scale: float) -> DecodeShape:
         """The decode kernel for q [T H h] and pages [L N K p h].
@@ -52,7 +57,8 @@ class Config:
             nobody says how many CTAs and the device does not either.
         """
         sizes = {"block": self.block, "num_stages": self.num_stages}
-        return self._checked(DecodeShape, sizes, q_shape, pages_shape, dtype, sm_scale)
+        kind = functools.partial(DecodeShape, num_workers=self.num_workers)
+        return self._checked(kind, sizes, q_shape, pages_shape, dtype, sm_scale)
 
     def prefill_shape(self, q_shape, pages_shape, dtype, sm_scale: float) -> PrefillShape:
         """The prefill kernel for q [T H h] and pages [L N K p h].  Raises ValueError as `decode_shape` does."""
@@ -156,7 +162,7 @@ def decode_rows(
     """Attention of the rows that can be decode rows, min(R, T) of them: row r has token r.  0 from `num_decode` on."""
     num_rows = min(q.shape[0], kv_lens.shape[0])
     shape = config.decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
-    schedule = decode_schedule(kv_lens[:num_rows], num_decode, shape.num_kv_heads, shape.block, shape.num_ctas)
+    schedule = decode_schedule(kv_lens[:num_rows], num_decode, shape.num_kv_heads, shape.block, shape.num_runs)
     cache = end_to_end(k_pages, v_pages, layer)
     return decode_attention(q[:num_rows], *cache, page_indices[:num_rows], schedule, shape, interpret=interpret)
 

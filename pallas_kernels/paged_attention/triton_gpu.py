@@ -98,6 +98,7 @@ def paged_attention(
     sm_scale: float,
     config: Config | None = None,
     only: Rows | None = None,
+    others: Float[Array, "T H h"] | None = None,
 ) -> Float[Array, "T H h"]:
     """Attention as `api.paged_attention` defines it; products in the wider of the dtypes of `q` and the pages.
 
@@ -129,7 +130,8 @@ def paged_attention(
     views = {1: value_dtypes[0], 2: value_dtypes[1]}
     scalars = {"layer": layer, "N": k_pages.shape[1], "P": page_indices.shape[1], "R": num_rows}
 
-    out, out_shape = jnp.zeros(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape, q.dtype)
+    out = jnp.zeros(q.shape, q.dtype) if others is None else others
+    out_shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
     if only != "prefill":
         partial, lse = triton_call(
             triton_kernels.decode,

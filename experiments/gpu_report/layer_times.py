@@ -1,0 +1,200 @@
+"""What does a layer of LLaMA-3-8B take in order, and what with decode attention beside it, by attention's multiprocessors?
+
+A step of 2,048 tokens as serving of 512/512 has it, on a few layers, whose programs compile in seconds: all in turn, so that they
+can be compared, and of each the time of a layer: what logits and launching take besides is known from half as many layers.
+Numbers in the name of a way are the first nano-batch's tokens and attention's share.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import serving
+from experiments.gpu_report.cases import Case, Row, Setting
+from experiments.gpu_report.programs import ERROR_CHARACTERS, NUM_THREADS, options_here
+from experiments.gpu_report.timing import Run, time_interleaved
+from nanojax.batch import RaggedBatch
+from nanojax.config import PRESETS, ModelConfig
+from nanojax.kv_cache import KVPages
+from nanojax.models import decoder
+from nanojax.pipeline import execute, library
+from nanojax.pipeline.compiler_options import Graphs, best_graphs
+from nanojax.pipeline.ir import Pipeline
+from nanojax.pipeline.kernel_paths import ATTENTION_EXCLUSIVE
+
+NUM_LAYERS = 4
+BASE = ("sequential", "sequential, half as many layers")
+FIRST_TOKENS = (640, 768, 896, 1024)
+ATTENTION_SHARES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Decode rows of `context_len` tokens on average, and whole prompts."""
+
+    model: ModelConfig
+    num_decode: int
+    context_len: int
+    prompt_lens: tuple[int, ...]
+    page_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the batch."""
+        return self.num_decode + sum(self.prompt_lens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a step is run; `num_layers` of its layers."""
+
+    pipeline: Pipeline | None
+    num_layers: int
+    use_streams: bool = False
+    overlap: str = "xla"
+    graphs: Graphs | None = None
+
+    @property
+    def launched(self) -> Graphs:
+        """What the host launches."""
+        return self.graphs or best_graphs(2 if self.use_streams else 1)
+
+
+def step_of(is_smoke: bool) -> Step:
+    """What is run."""
+    if is_smoke:
+        return Step(dataclasses.replace(serving.SMOKE_CONFIG, num_layers=2), 6, 10, (7, 3), 16)
+    model = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=NUM_LAYERS)
+    return Step(model, 1024, 768, (512, 512), 64)
+
+
+def ways(step: Step, is_smoke: bool) -> dict[str, dict[str, Way]]:
+    """Case -> name -> way; each case has the layers in order, and half of them."""
+    depth = step.model.num_layers
+    base = dict(zip(BASE, (Way(None, depth), Way(None, depth // 2)), strict=True))
+    make = functools.partial(library.decode_beside_dense, step.num_tokens)
+    if is_smoke:
+        return {"shares": base | {"decode_beside_dense": Way(make(8), depth)}}
+    named, first = library.PIPELINES["llama_8b"](step.num_tokens, False, 1), FIRST_TOKENS[1]
+    best = make(first)
+    forms = {
+        "sequential, no graphs": Way(None, depth, graphs=Graphs.NO),
+        "llama_8b": Way(named, depth, True),
+        "llama_8b, attention_exclusive": Way(named, depth, True, ATTENTION_EXCLUSIVE),
+        "decode_beside_dense": Way(best, depth, True),
+        "decode_beside_dense, sm_exclusive": Way(best, depth, True, "sm_exclusive"),
+        "decode_beside_dense, attention_exclusive, graphs": Way(best, depth, True, ATTENTION_EXCLUSIVE, Graphs.SOME),
+        "decode_beside_dense, one stream": Way(library.on_one_stream(best), depth),
+    }
+
+    def balanced(n: int, share: float) -> dict[str, Way]:
+        pipeline = make(n, attention_share=share)
+        return {f"decode_beside_dense {n} {share}": Way(pipeline, depth, True, ATTENTION_EXCLUSIVE)}
+
+    shares = {name: way for share in ATTENTION_SHARES for name, way in balanced(first, share).items()}
+    cuts = {
+        name: way
+        for n in FIRST_TOKENS
+        if n != first
+        for share in ATTENTION_SHARES[1:4:2]
+        for name, way in balanced(n, share).items()
+    }
+    return {"shares": base | shares, "forms": base | forms, "first tokens": base | cuts}
+
+
+def cases(setting: Setting) -> list[Case]:
+    """Shares, forms, cuts."""
+    step = step_of(setting.is_smoke)
+    return [
+        Case(name, lambda own=own: _measure(own, step, setting), 0.0 if setting.is_smoke else 20.0, limit_s=150)
+        for name, own in ways(step, setting.is_smoke).items()
+    ]
+
+
+def _measure(wanted: Mapping[str, Way], step: Step, setting: Setting) -> list[Row]:
+    params, kv, batch = _arguments(step, setting.seed)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        waiting = {name: pool.submit(_compiled, way, step, (params, kv, batch)) for name, way in wanted.items()}
+        found = {name: future.exception() or future.result() for name, future in waiting.items()}
+    for name in BASE:  # which everything else is measured by
+        waiting[name].result()
+    held = [kv]
+    del kv
+
+    def launch(program: Callable[..., Any], num_layers: int) -> jax.Array:
+        logits, new = program(_first_layers(params, num_layers), held.pop(), batch)
+        held.append(new)
+        return logits
+
+    runs = {
+        name: Run(functools.partial(launch, program, wanted[name].num_layers))
+        for name, program in found.items()
+        if not isinstance(program, BaseException)
+    }
+    timings = time_interleaved(runs, num_repeats=setting.num_repeats, repeat_s=0.1)
+    whole_s, half_s = (timings[name].median_s for name in BASE)
+    depth = step.model.num_layers
+    rest_s = whole_s - (whole_s - half_s) * depth / (depth - depth // 2)
+    in_order_s = (whole_s - rest_s) / depth
+    rows: list[Row] = []
+    for name, way in wanted.items():
+        row: Row = {
+            "program": name, "overlap": way.overlap, "graphs": way.launched.value, "num_tokens": step.num_tokens,
+            "num_layers": way.num_layers,
+        }  # fmt: skip
+        if name not in runs:
+            rows.append(row | {"error": f"{type(found[name]).__name__}: {found[name]}"[:ERROR_CHARACTERS]})
+            continue
+        layer_s = (timings[name].median_s - rest_s) / way.num_layers
+        rows.append(row | timings[name].row() | {"layer_s": layer_s, "speedup": in_order_s / layer_s})
+    return rows
+
+
+def _compiled(way: Way, step: Step, args: tuple) -> Callable[..., Any]:
+    config = dataclasses.replace(step.model, num_layers=way.num_layers)
+    forward = functools.partial(
+        execute.forward, config, pipeline=way.pipeline, use_streams=way.use_streams, overlap=way.overlap
+    )
+    params, kv, batch = args
+    lowered = jax.jit(forward, donate_argnums=1).lower(_first_layers(params, way.num_layers), kv, batch)
+    return lowered.compile(compiler_options=options_here(way.launched))
+
+
+def _first_layers(params: Any, num_layers: int) -> Any:
+    return {**params, "layers": {i: layer for i, layer in params["layers"].items() if i < num_layers}}
+
+
+def _arguments(step: Step, seed: int) -> tuple[Any, KVPages, RaggedBatch]:
+    """Random weights, keys and values, and the batch; pages lie scattered."""
+    model, rng = step.model, np.random.default_rng(seed)
+    params = jax.jit(lambda key: decoder.init_params(model, key, jnp.dtype("bfloat16")))(jax.random.key(seed))
+    spread = np.linspace(0.5, 1.5, step.num_decode) * step.context_len
+    kv_lens = np.concatenate([rng.permutation(spread.astype(np.int32)) + 1, np.array(step.prompt_lens, np.int32)])
+    q_lens = np.concatenate([np.ones(step.num_decode, np.int32), np.array(step.prompt_lens, np.int32)])
+    counts = -(-kv_lens // step.page_size)
+    table = np.zeros((len(kv_lens), counts.max()), np.int32)
+    free = rng.permutation(int(counts.sum())).astype(np.int32)
+    for own_row, own in zip(table, np.split(free, np.cumsum(counts)[:-1]), strict=True):
+        own_row[: len(own)] = own
+    row = np.repeat(np.arange(len(kv_lens)), q_lens)
+    cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+    positions = (kv_lens - q_lens)[row] + np.arange(step.num_tokens) - cu_q_lens[row]
+    batch = RaggedBatch(
+        tokens=jnp.asarray(rng.integers(0, model.vocab_size, step.num_tokens), jnp.int32),
+        positions=jnp.asarray(positions, jnp.int32),
+        pages=jnp.asarray(table[row, positions // step.page_size]),
+        row_slots=jnp.arange(len(kv_lens), dtype=jnp.int32), kv_lens=jnp.asarray(kv_lens, jnp.int32),
+        page_indices=jnp.asarray(table), cu_q_lens=jnp.asarray(cu_q_lens),
+        num_decode=jnp.asarray(step.num_decode, jnp.int32),
+    )  # fmt: skip
+    one_layer = (len(free), model.num_kv_heads, step.page_size, model.head_dim)
+
+    all_layers = (model.num_layers, *one_layer)
+    make = jax.jit(lambda key: jnp.broadcast_to(jax.random.normal(key, one_layer, jnp.bfloat16), all_layers))
+    return params, KVPages(*map(make, jax.random.split(jax.random.key(seed + 1), 2))), batch

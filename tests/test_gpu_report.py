@@ -17,6 +17,7 @@ from experiments.gpu_report import (
     draw,
     jobs,
     pairs,
+    power,
     results_table,
     search_card,
     steady_state,
@@ -196,6 +197,11 @@ def test_stamps_say_whether_two_kernels_ran_at_the_same_time_and_apart():
     assert (row["both_s"], row["span_s"]) == (pytest.approx(60e-9), pytest.approx(140e-9))
     later = pairs.co_execution(one, stamps([2], high + 500, high + 600))
     assert (later["both_s"], later["num_shared_multiprocessors"]) == (0, 1)
+
+
+def test_power_is_the_mean_of_whole_lines():
+    assert power.means("650.5, 1500\n[N/A], 1400\n689.5, 1600\n70") == {"power_w": 670.0, "sm_clock_mhz": 1550.0}
+    assert power.means("no devices were found") == {"power_w": None, "sm_clock_mhz": None}
 
 
 def test_a_steady_state_is_as_full_as_memory_and_budget_allow():

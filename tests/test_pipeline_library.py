@@ -70,12 +70,18 @@ def test_the_order_on_each_stream_of_one_device_is_the_released_one():
 
 
 def test_decode_attention_of_one_nano_batch_starts_with_the_dense_operations_of_the_other():
-    pipeline = library.decode_beside_dense(2048, 768, attention_share=0.3)
+    pipeline = library.decode_beside_dense(2048, 768, attention_shares=(0.3, 0.2))
     halves = [{pipeline.label(i) for _, i in phase} for phase in phases(pipeline, 4)][2:-1]
     dense = [{f"{op}{n}" for op in ("PfAttn", "O", "UG", "D", "KQV")} for n in (1, 2)]
     assert halves[::2] == [dense[0] | {"DecAttn2"}] * 3 + [(dense[0] - {"KQV1"}) | {"DecAttn2"}]
     assert halves[1::2] == [dense[1] | {"DecAttn1"}] * 3
-    assert {(node.stream, node.share) for node in pipeline.nodes} == {(0, 0.7), (1, 0.3)}
+    shares = {pipeline.label(i): node.share for i, node in enumerate(pipeline.nodes)}
+    assert {name: shares[name] for name in halves[0]} == dict.fromkeys(halves[0] - {"DecAttn2"}, 0.8) | {
+        "DecAttn2": 0.2
+    }
+    assert {name: shares[name] for name in halves[1]} == dict.fromkeys(halves[1] - {"DecAttn1"}, 0.7) | {
+        "DecAttn1": 0.3
+    }
     prefill = [i for i, node in enumerate(pipeline.nodes) if node.op is OpKind.PF_ATTN]
     assert all(waits_for_decode(pipeline, i) for i in prefill)
 

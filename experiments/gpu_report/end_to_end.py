@@ -18,7 +18,7 @@ import jax
 from absl import flags
 
 from experiments import serving, serving_flags
-from experiments.gpu_report import steady_state, trace_times
+from experiments.gpu_report import power, steady_state, trace_times
 from experiments.gpu_report.cases import Case, Row, Setting
 from experiments.gpu_report.peaks import limits
 from nanojax.config import PRESETS, ModelConfig
@@ -163,9 +163,10 @@ def make_engine(
 def _measure(point: Point, model: str, setting: Setting) -> Row:
     engine, found, capacity, took = make_engine(point, model, setting)
     warm, steps, max_s = (2, 12, 20) if setting.is_smoke else (10, 150, 8)
-    taken = steady_state.serve(
-        engine, found, capacity.num_decode, num_warm_steps=warm, num_steps=steps, max_s=max_s, seed=setting.seed
-    )
+    with power.sampled() as drawn:
+        taken = steady_state.serve(
+            engine, found, capacity.num_decode, num_warm_steps=warm, num_steps=steps, max_s=max_s, seed=setting.seed
+        )
     rates = steady_state.metrics(taken)
     bounds = limits(setting)
     optimum = optimal_tokens_per_s(bounds.flops_per_s, engine.model.num_active_params)
@@ -174,7 +175,7 @@ def _measure(point: Point, model: str, setting: Setting) -> Row:
         "uses_streams": point.use_streams, **rates, "optimal_tokens_per_s": optimum,
         "percent_of_optimal": 100 * rates["total_tokens_per_s"] / optimum, "peak_source": bounds.source,
         "busy_fraction": _busy_fraction(engine, setting.out / "trace_serving"),
-        **dataclasses.asdict(capacity), **took,
+        **drawn, **dataclasses.asdict(capacity), **took,
     }  # fmt: skip
 
 

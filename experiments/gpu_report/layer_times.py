@@ -30,8 +30,12 @@ from nanojax.pipeline.kernel_paths import ATTENTION_EXCLUSIVE
 
 NUM_LAYERS = 4
 BASE = ("sequential", "sequential, half as many layers")
-FIRST_TOKENS = (640, 768, 896, 1024)
-ATTENTION_SHARES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45)
+FIRST_TOKENS = (640, 768, 896)
+SHARES = {
+    ATTENTION_EXCLUSIVE: ((0.3, 0.3), (0.4, 0.4)),
+    "sm_exclusive": ((0.25, 0.25), (0.25, 0.15), (0.2, 0.15), (0.15, 0.1)),
+}
+"""Form -> attention's share of the multiprocessors beside either nano-batch's dense operations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,30 +86,30 @@ def ways(step: Step, is_smoke: bool) -> dict[str, dict[str, Way]]:
     if is_smoke:
         return {"shares": base | {"decode_beside_dense": Way(make(8), depth)}}
     named, first = library.PIPELINES["llama_8b"](step.num_tokens, False, 1), FIRST_TOKENS[1]
-    best = make(first)
-    forms = {
-        "sequential, no graphs": Way(None, depth, graphs=Graphs.NO),
-        "llama_8b": Way(named, depth, True),
-        "llama_8b, attention_exclusive": Way(named, depth, True, ATTENTION_EXCLUSIVE),
-        "decode_beside_dense": Way(best, depth, True),
-        "decode_beside_dense, sm_exclusive": Way(best, depth, True, "sm_exclusive"),
-        "decode_beside_dense, attention_exclusive, graphs": Way(best, depth, True, ATTENTION_EXCLUSIVE, Graphs.SOME),
-        "decode_beside_dense, one stream": Way(library.on_one_stream(best), depth),
+
+    def divided(form: str, n: int, shares: tuple[float, float]) -> dict[str, Way]:
+        name = f"decode_beside_dense, {form} {n} {shares[0]} {shares[1]}"
+        return {name: Way(make(n, attention_shares=shares), depth, True, form)}
+
+    shares = {
+        name: way for form, own in SHARES.items() for one in own for name, way in divided(form, first, one).items()
     }
-
-    def balanced(n: int, share: float) -> dict[str, Way]:
-        pipeline = make(n, attention_share=share)
-        return {f"decode_beside_dense {n} {share}": Way(pipeline, depth, True, ATTENTION_EXCLUSIVE)}
-
-    shares = {name: way for share in ATTENTION_SHARES for name, way in balanced(first, share).items()}
+    best = [(form, own[-2]) for form, own in SHARES.items()]
     cuts = {
         name: way
         for n in FIRST_TOKENS
+        for form, own in best
         if n != first
-        for share in ATTENTION_SHARES[1:4:2]
-        for name, way in balanced(n, share).items()
+        for name, way in divided(form, n, own).items()
     }
-    return {"shares": base | shares, "forms": base | forms, "first tokens": base | cuts}
+    forms = {
+        "sequential, no graphs": Way(None, depth, graphs=Graphs.NO),
+        "llama_8b": Way(named, depth, True),
+        "decode_beside_dense": Way(make(first), depth, True),
+        "decode_beside_dense, graphs": Way(make(first), depth, True, ATTENTION_EXCLUSIVE, Graphs.SOME),
+        "decode_beside_dense, one stream": Way(library.on_one_stream(make(first)), depth),
+    }
+    return {"shares": base | shares, "first tokens": base | cuts, "forms": base | forms}
 
 
 def cases(setting: Setting) -> list[Case]:

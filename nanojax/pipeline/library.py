@@ -94,7 +94,7 @@ def decode_beside_dense(
     num_tokens: int,
     first: int,
     *,
-    attention_share: float = ONE_DEVICE_SHARES["attention"],
+    attention_shares: tuple[float, float] = (ONE_DEVICE_SHARES["attention"], ONE_DEVICE_SHARES["attention"]),
     is_moe: bool = False,
 ) -> Pipeline:
     """`llama_8b_single_gpu` for GPUs whose kernels take whole multiprocessors: the same half a layer of software pipelining.
@@ -102,21 +102,23 @@ def decode_beside_dense(
     All decode attention of a nano-batch is one node, which begins together with the other one's dense operations, so that it
     never waits for multiprocessors that a product has just taken.  Prefill attention, bound by compute as these are, is on
     their stream, and completes what decode attention of its nano-batch left in the half before.
+    attention_shares: of the device, for decode attention of the first and of the second nano-batch.
     Raises ValueError unless `first` leaves tokens for both nano-batches.
     """
     if not 0 < first < num_tokens:
         raise ValueError(f"first={first} must be between 0 and num_tokens={num_tokens}")
     one, two = NanoBatch(0, first), NanoBatch(first, num_tokens)
     dense = (OpKind.O, *((OpKind.ROUTER,) if is_moe else ()), OpKind.UG, OpKind.D)
-    compute = {"stream": COMPUTE_STREAM, "share": 1 - attention_share}
-    memory = {"stream": MEMORY_STREAM, "share": attention_share}
+    memory = [{"stream": MEMORY_STREAM, "share": share} for share in attention_shares]
+    # What runs beside the first nano-batch's decode attention, and beside the second's.
+    beside = [{"stream": COMPUTE_STREAM, "share": 1 - share} for share in attention_shares]
     decode_one, decode_two = 1, 4 + len(dense)  # in the rows below
-    rows = [_Row(OpKind.KQV, one, **compute), _Row(OpKind.DEC_ATTN, one, **memory)]
-    rows.append(_Row(OpKind.PF_ATTN, two, lag=1, carried_deps=(decode_two,), **compute))
-    rows += [_Row(op, two, lag=1, **compute) for op in dense]
-    rows += [_Row(OpKind.KQV, two, **compute), _Row(OpKind.DEC_ATTN, two, **memory)]
-    rows.append(_Row(OpKind.PF_ATTN, one, deps=(decode_one,), **compute))
-    rows += [_Row(op, one, **compute) for op in dense]
+    rows = [_Row(OpKind.KQV, one, **beside[1]), _Row(OpKind.DEC_ATTN, one, **memory[0])]
+    rows.append(_Row(OpKind.PF_ATTN, two, lag=1, carried_deps=(decode_two,), **beside[0]))
+    rows += [_Row(op, two, lag=1, **beside[0]) for op in dense]
+    rows += [_Row(OpKind.KQV, two, **beside[0]), _Row(OpKind.DEC_ATTN, two, **memory[1])]
+    rows.append(_Row(OpKind.PF_ATTN, one, deps=(decode_one,), **beside[1]))
+    rows += [_Row(op, one, **beside[1]) for op in dense]
     return _pipeline("decode_beside_dense", num_tokens, rows)
 
 

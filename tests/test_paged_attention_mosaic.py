@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.paged_attention import api, arg_specs, mosaic_decode, mosaic_gpu
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
 from pallas_kernels.paged_attention.arg_specs import ArgSpec, make_args
-from pallas_kernels.paged_attention.mosaic_decode import decode_schedule
+from pallas_kernels.paged_attention.mosaic_decode_plan import decode_schedule
 from tests.mosaic_checks import INTERPRET, SPECS, assert_close, compiled_for_h200, name_of, needs_plugin, without_races
 
 DEFAULT = mosaic_gpu.Config(num_ctas=132)
@@ -82,7 +82,7 @@ def test_schedule_covers_each_block_once_and_is_balanced(kv_lens, num_ctas):
     blocks = [
         (row, head, i) for row, n in enumerate(kv_lens) for head in range(num_kv_heads) for i in range(-(-n // block))
     ]
-    cu_ctas, cu_pairs = schedule.cu_parts_of_cta, schedule.cu_parts_of_pair
+    cu_ctas, cu_pairs = schedule.cu_parts_of_run, schedule.cu_parts_of_pair
     assert cu_ctas[0] == 0
     assert cu_ctas[-1] == cu_pairs[-1] <= len(schedule.parts)
     runs = [schedule.parts[a:b] for a, b in itertools.pairwise(cu_ctas)]

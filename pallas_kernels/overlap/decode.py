@@ -7,7 +7,8 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.paged_attention import mosaic_gpu
-from pallas_kernels.paged_attention.mosaic_decode import DecodeSchedule, DecodeShape, decode_attention, decode_schedule
+from pallas_kernels.paged_attention.mosaic_decode import decode_attention
+from pallas_kernels.paged_attention.mosaic_decode_plan import DecodeSchedule, DecodeShape, decode_schedule
 
 BLOCK = 64  # keys: the rows of one wgmma
 _schedule = jax.jit(decode_schedule, static_argnums=(2, 3, 4))  # traced once for all layers

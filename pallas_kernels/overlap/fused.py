@@ -18,7 +18,7 @@ from pallas_kernels.matmul.mosaic_gpu import Config
 from pallas_kernels.overlap import sm_exclusive
 from pallas_kernels.overlap.shares import Split
 from pallas_kernels.paged_attention import mosaic_decode
-from pallas_kernels.paged_attention.mosaic_decode import DecodeShape
+from pallas_kernels.paged_attention.mosaic_decode_plan import DecodeShape
 
 
 def run(

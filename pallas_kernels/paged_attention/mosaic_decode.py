@@ -1,18 +1,14 @@
-"""How does a given number of CTAs share the decode rows of a batch, each byte of keys and values read once?
+"""How do CTAs attend to decode rows as fast as memory gives keys and values?  What a worker does, and how parts are merged.
 
-The keys of all (row, KV head) pairs are cut into blocks and laid end to end; each CTA takes an equal run of blocks
-(flash decoding, stream-K).  Where a run ends inside a pair, the pair is split: each part writes its weighted values
-and the logarithm of its sum, and a second kernel merges the parts.  Which CTA does what depends on the lengths only:
-plain XLA computes it once for all layers.  Nothing is atomic, so the same batch gives the same bits.
+Each part of a pair that `mosaic_decode_plan` lists writes its weighted values and the logarithm of its sum, and a second
+kernel merges the parts.  Nothing is atomic, so the same batch gives the same bits.
 
 A block's scores are taken as keys x queries, [block G'], so that the few query heads of a KV head (G, padded to a
 multiple of 8) fill the narrow side of wgmma: padding them to its 64 rows would cost 8 times the tensor core work and
 make a small share of the SMs compute bound.
 """
 
-import dataclasses
 import functools
-import typing
 from collections.abc import Callable
 
 import jax
@@ -24,111 +20,12 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.inlined import inlined
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
+from pallas_kernels.paged_attention.mosaic_decode_plan import REDUCTION_BYTES, DecodeSchedule, DecodeShape
 from pallas_kernels.paged_attention.mosaic_tiles import Interpret
 
 CONSUMER, PRODUCER = 0, 1  # the warpgroups of a worker
 # Three workers' 768 threads start with 80 registers each; those who fetch give half of theirs to those who attend.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 120, 40
-REDUCTION_BYTES = 2048  # in which Mosaic lets the warps of a warpgroup reduce
-
-
-class DecodeSchedule(typing.NamedTuple):
-    """Which blocks each CTA attends to, and which parts make up each (row, KV head) pair.
-
-    parts: [R*K + C, 4] int32, for each part its row, KV head, first block and number of blocks; parts of one CTA, and
-    parts of one pair, follow one another.  cu_parts_of_cta: [C+1].  cu_parts_of_pair: [R*K+1].  kv_lens: [R].
-    """
-
-    parts: Int32[Array, "parts 4"]
-    cu_parts_of_cta: Int32[Array, "C+1"]
-    cu_parts_of_pair: Int32[Array, "pairs+1"]
-    kv_lens: Int32[Array, "R"]
-
-
-def decode_schedule(
-    kv_lens: Int32[Array, "R"], num_decode: Int32[Array, ""], num_kv_heads: int, block: int, num_ctas: int
-) -> DecodeSchedule:
-    """Equal runs of blocks for all CTAs but the last ones; rows from `num_decode` on get none."""
-    num_rows = kv_lens.shape[0]
-    blocks = jnp.where(jnp.arange(num_rows) < num_decode, (kv_lens + block - 1) // block, 0)
-    blocks = jnp.broadcast_to(blocks[:, None], (num_rows, num_kv_heads)).reshape(-1)  # of each pair
-    end = jnp.cumsum(blocks)
-    start = end - blocks
-    run = jnp.maximum((end[-1] + num_ctas - 1) // num_ctas, 1)
-    first_cta = start // run
-    num_parts = jnp.where(blocks > 0, (end - 1) // run - first_cta + 1, 0)
-    cu_parts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(num_parts)])
-
-    part = jnp.arange(blocks.shape[0] + num_ctas)
-    pair = jnp.minimum(jnp.searchsorted(cu_parts[1:], part, side="right", method="scan_unrolled"), blocks.shape[0] - 1)
-    cta = first_cta[pair] + part - cu_parts[pair]
-    first = jnp.maximum(start[pair], cta * run)
-    last = jnp.minimum(end[pair], (cta + 1) * run)
-    parts = jnp.stack([pair // num_kv_heads, pair % num_kv_heads, first - start[pair], last - first], axis=1)
-
-    cta = jnp.where(part < cu_parts[-1], cta, num_ctas)
-    cu_parts_of_cta = jnp.searchsorted(cta, jnp.arange(num_ctas + 1), side="left", method="scan_unrolled")
-    as_int32 = functools.partial(jnp.asarray, dtype=jnp.int32)
-    return DecodeSchedule(as_int32(parts), as_int32(cu_parts_of_cta), as_int32(cu_parts), as_int32(kv_lens))
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeShape:
-    """What the kernels are compiled for.  `heads` is the padded G'; each worker has `num_stages` blocks in flight.
-
-    A worker is two warpgroups, one that fetches and one that attends, with rings and a run of blocks of its own: one alone
-    waits most of its time for its own last instruction.
-    """
-
-    group: int
-    head_dim: int
-    page_size: int
-    num_kv_heads: int
-    block: int
-    num_stages: int
-    num_ctas: int
-    scale: float  # on the scores, times log2(e)
-    num_workers: int = 1  # in a CTA
-
-    @property
-    def heads(self) -> int:
-        """Query heads of a tile, G'."""
-        return -(-self.group // tiles.SUBLANES) * tiles.SUBLANES
-
-    @property
-    def pages_per_block(self) -> int:
-        """TMA copies for a block of keys."""
-        return self.block // self.page_size
-
-    @property
-    def num_runs(self) -> int:
-        """Workers of all CTAs: equal runs of blocks."""
-        return self.num_ctas * self.num_workers
-
-    @property
-    def num_slots(self) -> int:
-        """Places for blocks in a CTA: the rings of its workers, end to end."""
-        return self.num_workers * self.num_stages
-
-    def smem_bytes(self, dtype) -> int:
-        """Shared memory of the buffers, with a kilobyte for barriers and 2 KB for each worker's warps to reduce in."""
-        rows = self.num_slots * (self.heads + 2 * self.block)
-        values = rows * self.head_dim + self.num_workers * self.heads * self.block
-        return values * jnp.dtype(dtype).itemsize + 1024 + self.num_workers * REDUCTION_BYTES
-
-    def scratch(self, dtype) -> dict:
-        """Shared memory and barriers: for each worker rings of keys with their queries and of values, one block of weights."""
-        ring = functools.partial(plgpu.Barrier, num_barriers=self.num_slots)
-        return {
-            "q_smem": tiles.operand((self.num_slots, self.heads, self.head_dim), dtype),
-            "k_smem": tiles.operand((self.num_slots, self.block, self.head_dim), dtype),
-            "v_smem": tiles.operand((self.num_slots, self.block, self.head_dim), dtype),
-            "p_smem": tiles.operand((self.num_workers, self.heads, self.block), dtype),
-            "k_full": ring(num_arrivals=self.pages_per_block + 1),
-            "v_full": ring(num_arrivals=self.pages_per_block),
-            "k_free": ring(num_arrivals=1),
-            "v_free": ring(num_arrivals=1),
-        }
 
 
 def attend_parts(shape: DecodeShape, cta, refs, scratch, interpret: Interpret) -> None:
@@ -365,7 +262,7 @@ def kernel_inputs(
     padding = [(0, 0, 0), (0, 0, 0), (0, shape.heads - shape.group, 0), (0, 0, 0)]
     queries = lax.pad(queries, jnp.zeros((), q.dtype), padding)
     first = lax.full((1,), first_of_layer, jnp.int32)
-    return queries, k_pages, v_pages, page_indices, first, schedule.parts, schedule.cu_parts_of_cta, schedule.kv_lens
+    return queries, k_pages, v_pages, page_indices, first, schedule.parts, schedule.cu_parts_of_run, schedule.kv_lens
 
 
 def part_types(shape: DecodeShape, num_parts: int) -> list[jax.ShapeDtypeStruct]:

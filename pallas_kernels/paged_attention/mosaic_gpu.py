@@ -16,7 +16,8 @@ from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.paged_attention import mosaic_prefill_plan, xla
 from pallas_kernels.paged_attention import mosaic_tiles as tiles
 from pallas_kernels.paged_attention.arg_specs import Rows
-from pallas_kernels.paged_attention.mosaic_decode import DecodeShape, decode_attention, decode_schedule
+from pallas_kernels.paged_attention.mosaic_decode import decode_attention
+from pallas_kernels.paged_attention.mosaic_decode_plan import DecodeShape, decode_schedule
 from pallas_kernels.paged_attention.mosaic_prefill import prefill_attention
 from pallas_kernels.paged_attention.mosaic_prefill_plan import PrefillShape, prefill_schedule
 from pallas_kernels.paged_attention.mosaic_tiles import Interpret

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 import jax
 
-from experiments.gpu_report.cases import Case, Setting
+from experiments.gpu_report.cases import Case, Row, Setting
 from nanojax import hardware
 
 MESSAGE_CHARACTERS = 400
@@ -40,11 +40,11 @@ def main(argv: Sequence[str]) -> int:
     module, first, seconds, setting_json = argv
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    plain = json.loads(setting_json)
-    setting = Setting(**{**plain, "out": pathlib.Path(plain["out"])})
+    given = json.loads(setting_json)
+    setting = Setting(**{**given, "out": pathlib.Path(given["out"])})
     deadline_s = time.monotonic() + float(seconds)
     cases = importlib.import_module(module).cases(setting)
-    _say(answers, device=_device())
+    _say(answers, device=device())
     for index, case in list(enumerate(cases))[int(first) :]:
         left_s = deadline_s - time.monotonic()
         if left_s < case.needs_s:
@@ -61,7 +61,7 @@ def _run(answers: TextIO, case: Case) -> bool:
     """Runs one case, says what came of it; whether the device is lost."""
     start_s = time.monotonic()
     try:
-        rows = [{key: _plain(value) for key, value in row.items()} for row in case.run()]
+        rows = [plain(row) for row in case.run()]
     except (Exception, SystemExit) as error:  # whatever it is, the other cases shall run
         traceback.print_exc()
         text = f"{type(error).__name__}: {error}"
@@ -75,20 +75,22 @@ def _say(answers: TextIO, **message: Any) -> None:
     print(json.dumps(message), file=answers, flush=True)
 
 
-def _device() -> dict[str, Any]:
-    device = hardware.detect()
+def device() -> dict[str, Any]:
+    """What a record says of it."""
+    found = hardware.detect()
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     return {
-        "name": device.name, "kind": device.kind, "num_cores": device.num_cores, "num_devices": device.num_devices,
+        "name": found.name, "kind": found.kind, "num_cores": found.num_cores, "num_devices": found.num_devices,
         "memory_bytes": memory,
     }  # fmt: skip
 
 
-def _plain(value: Any) -> Any:
+def plain(row: Row) -> Row:
     """What JSON and a record can hold: no numpy scalars, no infinities."""
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    values = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
 
 
 if __name__ == "__main__":

@@ -153,8 +153,6 @@ def smollm2_expected(smollm2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["ladder, few slots", "small pages", "tight", "tight, device loop", "tight, prefill first"]
-)
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "plain"])
 def test_smollm2_does_not_depend_on_the_schedule(smollm2, name, smollm2_expected):
     assert serve(smollm2, smollm2_work(smollm2), name, tight_pages=6) == smollm2_expected

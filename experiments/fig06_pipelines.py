@@ -115,6 +115,7 @@ def ready_made() -> list[Case]:
     return [
         *(Case(name, p, library.sequential(n, collectives="gather"), "llama-2-70b", 8) for name, p, n in cases),
         Case("llama_8b", library.llama_8b_single_gpu(), one, "llama-3-8b", 1),
+        Case("decode_beside_dense", library.decode_beside_dense(1024, 384), one, "llama-3-8b", 1),
         Case("mixtral_released", library.mixtral_released(), mixtral, "mixtral-8x7b", 8),
     ]
 

@@ -1,8 +1,8 @@
 """What does a layer of LLaMA-3-8B take in order, and what with decode attention beside it, by attention's multiprocessors?
 
-A step of 2,048 tokens as serving of 512/512 has it, on a few layers, whose programs compile in seconds: all in turn, so that they
-can be compared, and of each the time of a layer: what logits and launching take besides is known from half as many layers.
-Numbers in the name of a way are the first nano-batch's tokens and attention's share.
+A step of 2,048 tokens as serving of 512/512 has it, on two small numbers of layers, whose programs compile in seconds; all run in
+turn, so that they can be compared.  The difference is the time of a layer, without logits, launching, and the ends of a pipeline.
+Numbers in the name of a way are the first nano-batch's tokens and attention's shares.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ from nanojax.pipeline.compiler_options import Graphs, best_graphs
 from nanojax.pipeline.ir import Pipeline
 from nanojax.pipeline.kernel_paths import ATTENTION_EXCLUSIVE
 
-NUM_LAYERS = 4
-BASE = ("sequential", "sequential, half as many layers")
+DEPTHS = (5, 2)
+IN_ORDER = "sequential"
 FIRST_TOKENS = (640, 768, 896)
 SHARES = {
     ATTENTION_EXCLUSIVE: ((0.3, 0.3), (0.4, 0.4)),
-    "sm_exclusive": ((0.25, 0.25), (0.25, 0.15), (0.2, 0.15), (0.15, 0.1)),
+    "sm_exclusive": ((0.25, 0.25), (0.2, 0.15), (0.15, 0.1)),
 }
 """Form -> attention's share of the multiprocessors beside either nano-batch's dense operations."""
 
@@ -56,10 +56,9 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a step is run; `num_layers` of its layers."""
+    """How a step is run."""
 
-    pipeline: Pipeline | None
-    num_layers: int
+    pipeline: Pipeline | None = None
     use_streams: bool = False
     overlap: str = "xla"
     graphs: Graphs | None = None
@@ -73,23 +72,22 @@ class Way:
 def step_of(is_smoke: bool) -> Step:
     """What is run."""
     if is_smoke:
-        return Step(dataclasses.replace(serving.SMOKE_CONFIG, num_layers=2), 6, 10, (7, 3), 16)
-    model = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=NUM_LAYERS)
+        return Step(dataclasses.replace(serving.SMOKE_CONFIG, num_layers=max(DEPTHS)), 6, 10, (7, 3), 16)
+    model = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=max(DEPTHS))
     return Step(model, 1024, 768, (512, 512), 64)
 
 
 def ways(step: Step, is_smoke: bool) -> dict[str, dict[str, Way]]:
-    """Case -> name -> way; each case has the layers in order, and half of them."""
-    depth = step.model.num_layers
-    base = dict(zip(BASE, (Way(None, depth), Way(None, depth // 2)), strict=True))
+    """Case -> name -> way; each case has the layers in order."""
+    base = {IN_ORDER: Way()}
     make = functools.partial(library.decode_beside_dense, step.num_tokens)
     if is_smoke:
-        return {"shares": base | {"decode_beside_dense": Way(make(8), depth)}}
+        return {"shares": base | {"decode_beside_dense": Way(make(8))}}
     named, first = library.PIPELINES["llama_8b"](step.num_tokens, False, 1), FIRST_TOKENS[1]
 
     def divided(form: str, n: int, shares: tuple[float, float]) -> dict[str, Way]:
         name = f"decode_beside_dense, {form} {n} {shares[0]} {shares[1]}"
-        return {name: Way(make(n, attention_shares=shares), depth, True, form)}
+        return {name: Way(make(n, attention_shares=shares), True, form)}
 
     shares = {
         name: way for form, own in SHARES.items() for one in own for name, way in divided(form, first, one).items()
@@ -103,11 +101,12 @@ def ways(step: Step, is_smoke: bool) -> dict[str, dict[str, Way]]:
         for name, way in divided(form, n, own).items()
     }
     forms = {
-        "sequential, no graphs": Way(None, depth, graphs=Graphs.NO),
-        "llama_8b": Way(named, depth, True),
-        "decode_beside_dense": Way(make(first), depth, True),
-        "decode_beside_dense, graphs": Way(make(first), depth, True, ATTENTION_EXCLUSIVE, Graphs.SOME),
-        "decode_beside_dense, one stream": Way(library.on_one_stream(make(first)), depth),
+        "sequential, no graphs": Way(graphs=Graphs.NO),
+        "llama_8b": Way(named, True),
+        "decode_beside_dense": Way(make(first), True),
+        "decode_beside_dense, graph": Way(make(first), True, ATTENTION_EXCLUSIVE, Graphs.SOME),
+        "decode_beside_dense, concurrent graph": Way(make(first), True, ATTENTION_EXCLUSIVE, Graphs.CONCURRENT),
+        "decode_beside_dense, one stream": Way(library.on_one_stream(make(first))),
     }
     return {"shares": base | shares, "first tokens": base | cuts, "forms": base | forms}
 
@@ -122,51 +121,53 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def _measure(wanted: Mapping[str, Way], step: Step, setting: Setting) -> list[Row]:
-    params, kv, batch = _arguments(step, setting.seed)
+    args = _arguments(step, setting.seed)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        waiting = {name: pool.submit(_compiled, way, step, (params, kv, batch)) for name, way in wanted.items()}
-        found = {name: future.exception() or future.result() for name, future in waiting.items()}
-    for name in BASE:  # which everything else is measured by
-        waiting[name].result()
+        waiting = {
+            (name, depth): pool.submit(_compiled, way, step, depth, args)
+            for name, way in wanted.items()
+            for depth in DEPTHS
+        }
+    errors = {name: future.exception() for (name, _), future in waiting.items() if future.exception() is not None}
+    if IN_ORDER in errors:
+        raise RuntimeError(f"{IN_ORDER} does not compile: {errors[IN_ORDER]}")
+    params, kv, batch = args
     held = [kv]
-    del kv
+    del args, kv
 
-    def launch(program: Callable[..., Any], num_layers: int) -> jax.Array:
-        logits, new = program(_first_layers(params, num_layers), held.pop(), batch)
+    def launch(name: str, depth: int) -> jax.Array:
+        logits, new = waiting[name, depth].result()(_first_layers(params, depth), held.pop(), batch)
         held.append(new)
         return logits
 
     runs = {
-        name: Run(functools.partial(launch, program, wanted[name].num_layers))
-        for name, program in found.items()
-        if not isinstance(program, BaseException)
+        f"{name} {depth}": Run(functools.partial(launch, name, depth)) for name, depth in waiting if name not in errors
     }
     timings = time_interleaved(runs, num_repeats=setting.num_repeats, repeat_s=0.1)
-    whole_s, half_s = (timings[name].median_s for name in BASE)
-    depth = step.model.num_layers
-    rest_s = whole_s - (whole_s - half_s) * depth / (depth - depth // 2)
-    in_order_s = (whole_s - rest_s) / depth
-    rows: list[Row] = []
-    for name, way in wanted.items():
-        row: Row = {
+    whole, part = DEPTHS
+    layer_s = {
+        name: (timings[f"{name} {whole}"].median_s - timings[f"{name} {part}"].median_s) / (whole - part)
+        for name in wanted
+        if name not in errors
+    }
+    return [
+        {
             "program": name, "overlap": way.overlap, "graphs": way.launched.value, "num_tokens": step.num_tokens,
-            "num_layers": way.num_layers,
-        }  # fmt: skip
-        if name not in runs:
-            rows.append(row | {"error": f"{type(found[name]).__name__}: {found[name]}"[:ERROR_CHARACTERS]})
-            continue
-        layer_s = (timings[name].median_s - rest_s) / way.num_layers
-        rows.append(row | timings[name].row() | {"layer_s": layer_s, "speedup": in_order_s / layer_s})
-    return rows
+            "num_layers": whole,
+            **({"error": f"{errors[name]}"[:ERROR_CHARACTERS]} if name in errors else timings[f"{name} {whole}"].row()),
+            "layer_s": layer_s.get(name), "speedup": layer_s[IN_ORDER] / layer_s[name] if name in layer_s else None,
+        }
+        for name, way in wanted.items()
+    ]  # fmt: skip
 
 
-def _compiled(way: Way, step: Step, args: tuple) -> Callable[..., Any]:
-    config = dataclasses.replace(step.model, num_layers=way.num_layers)
+def _compiled(way: Way, step: Step, depth: int, args: tuple) -> Callable[..., Any]:
+    config = dataclasses.replace(step.model, num_layers=depth)
     forward = functools.partial(
         execute.forward, config, pipeline=way.pipeline, use_streams=way.use_streams, overlap=way.overlap
     )
     params, kv, batch = args
-    lowered = jax.jit(forward, donate_argnums=1).lower(_first_layers(params, way.num_layers), kv, batch)
+    lowered = jax.jit(forward, donate_argnums=1).lower(_first_layers(params, depth), kv, batch)
     return lowered.compile(compiler_options=options_here(way.launched))
 
 
@@ -198,7 +199,6 @@ def _arguments(step: Step, seed: int) -> tuple[Any, KVPages, RaggedBatch]:
         num_decode=jnp.asarray(step.num_decode, jnp.int32),
     )  # fmt: skip
     one_layer = (len(free), model.num_kv_heads, step.page_size, model.head_dim)
-
     all_layers = (model.num_layers, *one_layer)
     make = jax.jit(lambda key: jnp.broadcast_to(jax.random.normal(key, one_layer, jnp.bfloat16), all_layers))
     return params, KVPages(*map(make, jax.random.split(jax.random.key(seed + 1), 2))), batch

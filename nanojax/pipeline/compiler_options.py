@@ -12,17 +12,19 @@ _ONE_GRAPH = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,COND
 
 
 class Graphs(enum.Enum):
-    """What the host launches: `SOME` graphs, XLA's default; `ONE` CUDA graph for everything; `NO` graphs but each kernel.
+    """What the host launches: `SOME` graphs, XLA's default; `CONCURRENT` ones; `ONE` CUDA graph for everything; `NO` graphs but each kernel.
 
     A step of greedy requests is one graph by XLA's default: it has neither loops nor conditions, which that leaves to the host.
     ONE has them in the graph, and is not for serving: on an H200 with jax 0.11.2 a step with WHILE lost pages, with
     CONDITIONAL, too, it admitted nobody; with CONDITIONAL alone it was right (`experiments/LOG.md`).
-    NO is for steps on several streams, as the branches of a graph of XLA's run one after another (an H200, jax 0.11.2), and for a
-    profiler, which tells only of kernels launched one by one what they belong to.
+    SOME and ONE are chains, in which kernels of several streams run one after another (an H200, jax 0.11.2).  CONCURRENT has edges only
+    where one kernel needs another's buffer; a pair of kernels ran as fast so as without graphs, whole steps are not measured.
+    NO is for steps on several streams, and for a profiler, which tells only of kernels launched one by one what they belong to.
     """
 
     ONE = "one"
     SOME = "some"
+    CONCURRENT = "concurrent"
     NO = "no"
 
 
@@ -37,6 +39,8 @@ def gpu_options(graphs: Graphs, *, num_devices: int = 1) -> Mapping[str, bool | 
     if graphs is Graphs.ONE:
         options["xla_gpu_enable_command_buffer"] = _ONE_GRAPH + (",COLLECTIVES" if num_devices > 1 else "")
         options["xla_gpu_graph_min_graph_size"] = 1
+    elif graphs is Graphs.CONCURRENT:
+        options["xla_gpu_command_buffer_scheduling_mode"] = "CONCURRENT"
     elif graphs is Graphs.NO:
         options["xla_gpu_enable_command_buffer"] = ""
     return options

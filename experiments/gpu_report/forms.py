@@ -109,15 +109,11 @@ def _mosaic_decode(num_cores: int) -> Callable[[int], Callable[..., jax.Array]]:
 
     def in_layer(layer: int) -> Callable[..., jax.Array]:
         def attend(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, num_decode):
-            from pallas_kernels.overlap import decode, sm_exclusive
+            from pallas_kernels.overlap import decode_on
 
             del cu_q_lens
-            call = decode.prepare(
-                q, k_pages, v_pages, layer, kv_lens, page_indices, num_decode, sm_scale=q.shape[-1] ** -0.5,
-                num_ctas=num_cores, num_stages=sm_exclusive.num_stages(q, k_pages),
-                num_workers=sm_exclusive.NUM_WORKERS,
-            )  # fmt: skip
-            return decode.attend(call, call.inputs, call.schedule, None)
+            rows = (kv_lens, page_indices, num_decode)
+            return decode_on("sm_exclusive", num_cores, q, k_pages, v_pages, layer, *rows)(q)
 
         return attend
 

@@ -100,10 +100,8 @@ class Engine:
         self._cancel = jax.jit(core.cancel, donate_argnums=0)
 
         def options(budget: int) -> dict[str, Any] | None:
-            if device.platform != "gpu":
-                return None
-            num_streams = pipelines[budget].num_streams if use_streams and pipelines and budget in pipelines else 1
-            return dict(gpu_options(graphs or best_graphs(num_streams)))
+            own = graphs or best_graphs((pipelines or {}).get(budget), use_streams=use_streams)
+            return dict(gpu_options(own)) if device.platform == "gpu" else None
 
         self._launch = {
             budget: jax.jit(

@@ -66,7 +66,7 @@ class Way:
     @property
     def launched(self) -> Graphs:
         """What the host launches."""
-        return self.graphs or best_graphs(2 if self.use_streams else 1)
+        return self.graphs or best_graphs(self.pipeline, use_streams=self.use_streams)
 
 
 def step_of(is_smoke: bool) -> Step:

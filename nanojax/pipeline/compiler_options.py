@@ -3,6 +3,8 @@
 import enum
 from collections.abc import Mapping
 
+from nanojax.pipeline.ir import Pipeline
+
 # XLA 0.11 joins products of two nano-batches with one weight into one product; never joining them is what nano-batches are.
 _KEEP_NANO_BATCHES = {"xla_gpu_dot_merger_threshold_mb": 0}
 # On by default in jax 0.11, where it fails on updates of a library product's result.
@@ -28,9 +30,9 @@ class Graphs(enum.Enum):
     NO = "no"
 
 
-def best_graphs(num_streams: int) -> Graphs:
-    """What the host launches, unless somebody says otherwise, for a step on so many streams."""
-    return Graphs.SOME if num_streams == 1 else Graphs.NO
+def best_graphs(pipeline: Pipeline | None, *, use_streams: bool) -> Graphs:
+    """What the host launches, unless somebody says otherwise, for a step that is cut so; None is in order."""
+    return Graphs.NO if use_streams and pipeline is not None and pipeline.num_streams > 1 else Graphs.SOME
 
 
 def gpu_options(graphs: Graphs, *, num_devices: int = 1) -> Mapping[str, bool | int | str]:

@@ -19,6 +19,7 @@ from experiments import serving
 from experiments.gpu_report.cases import Case, Row, Setting
 from experiments.gpu_report.programs import ERROR_CHARACTERS, NUM_THREADS, options_here
 from experiments.gpu_report.timing import Run, time_interleaved
+from nanojax import batch as batches
 from nanojax.batch import RaggedBatch
 from nanojax.config import PRESETS, ModelConfig
 from nanojax.kv_cache import KVPages
@@ -187,16 +188,11 @@ def _arguments(step: Step, seed: int) -> tuple[Any, KVPages, RaggedBatch]:
     free = rng.permutation(int(counts.sum())).astype(np.int32)
     for own_row, own in zip(table, np.split(free, np.cumsum(counts)[:-1]), strict=True):
         own_row[: len(own)] = own
-    row = np.repeat(np.arange(len(kv_lens)), q_lens)
-    cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
-    positions = (kv_lens - q_lens)[row] + np.arange(step.num_tokens) - cu_q_lens[row]
-    batch = RaggedBatch(
-        tokens=jnp.asarray(rng.integers(0, model.vocab_size, step.num_tokens), jnp.int32),
-        positions=jnp.asarray(positions, jnp.int32),
-        pages=jnp.asarray(table[row, positions // step.page_size]),
-        row_slots=jnp.arange(len(kv_lens), dtype=jnp.int32), kv_lens=jnp.asarray(kv_lens, jnp.int32),
-        page_indices=jnp.asarray(table), cu_q_lens=jnp.asarray(cu_q_lens),
-        num_decode=jnp.asarray(step.num_decode, jnp.int32),
+    tokens = rng.integers(0, model.vocab_size, (len(kv_lens), kv_lens.max()), np.int32)
+    batch = batches.pack(
+        jnp.arange(len(kv_lens)), jnp.asarray(q_lens), jnp.int32(step.num_decode), jnp.asarray(kv_lens - q_lens),
+        jnp.asarray(tokens), jnp.asarray(table), token_budget=step.num_tokens, page_size=step.page_size,
+        num_pages=len(free),
     )  # fmt: skip
     one_layer = (len(free), model.num_kv_heads, step.page_size, model.head_dim)
     all_layers = (model.num_layers, *one_layer)

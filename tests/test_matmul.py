@@ -217,7 +217,10 @@ def test_no_address_outlives_its_array():
     assert any(".ctypes.data" in path.read_text() for path in paths)
 
 
-@pytest.mark.skipif(api._why_not_numba(jnp.ones((32, 48))) is not None, reason="no numba here")
+NO_NUMBA = api._why_not_numba(jnp.ones((32, 48)))
+
+
+@pytest.mark.skipif(NO_NUMBA is not None, reason=str(NO_NUMBA))
 def test_threads_may_trace_programs_at_the_same_time():
     """Each would make the kernel's target, of which XLA takes only one."""
     numba_cpu._target.cache_clear()

@@ -41,7 +41,7 @@ def forward(
     attention: names the implementation of `paged_attention`; None lets it choose.
     use_streams: put each node on the GPU stream that it names (see `streams`), if these are several; of no use on a CPU.
     overlap: how nodes side by side divide a Hopper GPU (see `kernel_paths`): a form of `pallas_kernels.overlap`, or "xla",
-      which leaves it to the GPU's scheduler and is the fastest so far (`experiments/LOG.md`, 2026-11-26).
+      which leaves it to the GPU's scheduler (`experiments/LOG.md`, 2026-11-26, has what each gives on an H200).
 
     Layers are unrolled: a scan would copy each layer's weights and keep XLA from overlapping operations of neighbouring
     layers.  Raises ValueError as `check` does, NotImplementedError for a form that does not exist.

@@ -35,6 +35,7 @@ from experiments.record import make_record, write_record
 from nanojax import hardware
 from nanojax.config import ModelConfig
 from nanojax.hardware import HardwareSpec
+from nanojax.models import decoder
 from nanojax.pipeline.cost_model import BatchShape, roofline_durations
 from nanojax.pipeline.ir import NanoBatch, OpKind
 from nanojax.pipeline.profile import OpProfile, ProfileTable
@@ -88,13 +89,10 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
 
 def _first_layers(loaded: LoadedModel, num_layers: int) -> LoadedModel:
     """The model with its first `num_layers` layers only; all of them for 0.  Raises ValueError where it has fewer."""
-    if num_layers > loaded.config.num_layers:
-        raise ValueError(f"--num_layers={num_layers} > {loaded.config.num_layers} of {loaded.config.name}")
     if num_layers == 0:
         return loaded
-    layers = {i: layer for i, layer in loaded.params["layers"].items() if i < num_layers}
-    config = dataclasses.replace(loaded.config, num_layers=num_layers)
-    return dataclasses.replace(loaded, config=config, params={**loaded.params, "layers": layers})
+    config, params = decoder.first_layers(loaded.config, loaded.params, num_layers)
+    return dataclasses.replace(loaded, config=config, params=params)
 
 
 def _time(points: Sequence[Point], num_repeats: int) -> list[list[float]]:

@@ -137,7 +137,8 @@ def _measure(wanted: Mapping[str, Way], step: Step, setting: Setting) -> list[Ro
     del args, kv
 
     def launch(name: str, depth: int) -> jax.Array:
-        logits, new = waiting[name, depth].result()(_first_layers(params, depth), held.pop(), batch)
+        _, own = decoder.first_layers(step.model, params, depth)
+        logits, new = waiting[name, depth].result()(own, held.pop(), batch)
         held.append(new)
         return logits
 
@@ -163,17 +164,13 @@ def _measure(wanted: Mapping[str, Way], step: Step, setting: Setting) -> list[Ro
 
 
 def _compiled(way: Way, step: Step, depth: int, args: tuple) -> Callable[..., Any]:
-    config = dataclasses.replace(step.model, num_layers=depth)
+    params, kv, batch = args
+    config, params = decoder.first_layers(step.model, params, depth)
     forward = functools.partial(
         execute.forward, config, pipeline=way.pipeline, use_streams=way.use_streams, overlap=way.overlap
     )
-    params, kv, batch = args
-    lowered = jax.jit(forward, donate_argnums=1).lower(_first_layers(params, depth), kv, batch)
+    lowered = jax.jit(forward, donate_argnums=1).lower(params, kv, batch)
     return lowered.compile(compiler_options=options_here(way.launched))
-
-
-def _first_layers(params: Any, num_layers: int) -> Any:
-    return {**params, "layers": {i: layer for i, layer in params["layers"].items() if i < num_layers}}
 
 
 def _arguments(step: Step, seed: int) -> tuple[Any, KVPages, RaggedBatch]:

@@ -222,6 +222,14 @@ def pack_params(params: Params) -> Params:
     return params | {"layers": {i: pack_layer(layer) for i, layer in params["layers"].items()}}
 
 
+def first_layers(config: ModelConfig, params: Params, num_layers: int) -> tuple[ModelConfig, Params]:
+    """The model with its first `num_layers` layers only.  Raises ValueError where it has fewer."""
+    if num_layers > config.num_layers:
+        raise ValueError(f"num_layers={num_layers} > {config.num_layers} of {config.name}")
+    layers = {i: layer for i, layer in params["layers"].items() if i < num_layers}
+    return dataclasses.replace(config, num_layers=num_layers), {**params, "layers": layers}
+
+
 def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
     """The params pytree as `jax.ShapeDtypeStruct`s: what loaders must produce.  Norms and biases stay float32."""
     one_layer = dataclasses.replace(config, num_layers=1)

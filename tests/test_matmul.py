@@ -217,14 +217,14 @@ def test_no_address_outlives_its_array():
     assert any(".ctypes.data" in path.read_text() for path in paths)
 
 
-NO_NUMBA = api._why_not_numba(jnp.ones((32, 48)))
+NO_NUMBA = api._why_not_numba(jnp.ones((32, 64)))
 
 
 @pytest.mark.skipif(NO_NUMBA is not None, reason=str(NO_NUMBA))
 def test_threads_may_trace_programs_at_the_same_time():
     """Each would make the kernel's target, of which XLA takes only one."""
     numba_cpu._target.cache_clear()
-    x, kernel = jnp.ones((4, 32)), jnp.ones((32, 48))
+    x, kernel = jnp.ones((4, 32)), jnp.ones((32, 64))
     lower = lambda scale: jax.jit(lambda x, kernel: matmul(scale * x, kernel, implementation="numba")).lower(x, kernel)  # noqa: E731
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(lower, range(4)))) == 4

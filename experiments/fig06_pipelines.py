@@ -72,7 +72,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     series["layer_times"] = {name: [row[name] for row in rows] for name in rows[0]}
     printed = published.scalars("released_stage1")
     series["authors_search"] = _against_authors_search(printed, values.num_layers)
-    settings = ("profile", "interference", "shares", "num_layers", "input_len", "output_len")
+    settings = ("profile", "interference", "shares", "spares_idle", "num_layers", "input_len", "output_len")
     record = make_record(
         NAME, "simulated", metrics={f"layer_time_s_{row['pipeline']}": row["layer_time_s"] for row in rows},
         config={name: values[name].value for name in settings} | {"published_source": printed.source}, seed=values.seed,
@@ -134,7 +134,7 @@ def _simulate(case: Case, values: flags.FlagValues) -> tuple[Timeline, dict[str,
     curves, num_layers = layer_timings.INTERFERENCE[values.interference], values.num_layers
 
     def timeline(pipeline: Pipeline, shares: Shares, interference=curves) -> Timeline:
-        return simulate(pipeline, work.duration, interference, num_layers=num_layers, shares=shares)
+        return simulate(pipeline, work.duration, interference, num_layers=num_layers, shares=shares, occupancy=busy)
 
     shown = timeline(case.pipeline, Shares(values.shares))
     row = {

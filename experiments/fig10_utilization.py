@@ -50,7 +50,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
         pipeline = library.PIPELINES[name](NUM_TOKENS, False, NUM_DEVICES)
         timeline = simulate(
             pipeline, work.duration, layer_timings.INTERFERENCE[values.interference], num_layers=values.num_layers,
-            shares=Shares(values.shares),
+            shares=Shares(values.shares), occupancy=work.occupancy if values.spares_idle else None,
         )  # fmt: skip
         table = _over_time(timeline, work)
         series[f"utilization_{name}"] = table
@@ -61,7 +61,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     ours = {peak: metrics[f"compute_{peak}fraction_{values.pipeline}"] for peak in ("", "of_gemm_peak_")}
     for peak, fraction in ours.items():
         metrics[f"error_{peak}percent"] = comparison.error_percent(fraction, published_fraction)
-    settings = ("pipeline", "profile", "interference", "shares", "num_layers", "input_len", "output_len")
+    settings = ("pipeline", "profile", "interference", "shares", "spares_idle", "num_layers", "input_len", "output_len")
     config = {name: values[name].value for name in settings} | {"published_source": printed.source}
     record = make_record(NAME, "simulated", metrics=metrics, config=config, seed=values.seed, series=series)
     folder = pathlib.Path(values.out)

@@ -97,7 +97,7 @@ def compile_step(
     """`engine.step` on batches of the pipeline's size, weights and pages bfloat16, on the streams that the pipeline names.
 
     kv_bytes: of the pages, on all devices together, or a page more.    attention, overlap: as in `execute.forward`.
-    CUDA graphs are those in which streams can run side by side on one GPU; on several they are chains, but hold collectives, too.
+    CUDA graphs are those in which streams can run side by side; on several GPUs they hold collectives, too.
     """
     page_size = 16
     config = EngineConfig(
@@ -120,7 +120,7 @@ def compile_step(
         state = dataclasses.replace(jax.tree.map(lambda leaf: _placed(leaf, split.replicated), state), kv=kv)
     code = compile_for(
         gpu, functools.partial(engine.step, config, POLICY, forward, pipeline.num_tokens), (params, state),
-        mesh=mesh, donate=[1], graphs=Graphs.ONE if num_devices > 1 else Graphs.CONCURRENT,
+        mesh=mesh, donate=[1], graphs=Graphs.CONCURRENT,
     )  # fmt: skip
     shape = state.kv.k.shape
     return Step(model, pipeline, num_devices, (*shape[:2], shape[2] // num_devices, *shape[3:]), code)

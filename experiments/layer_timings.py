@@ -47,6 +47,15 @@ class Setting:
     shape: BatchShape
     duration: Duration
 
+    def occupancy(self, kind: OpKind, nano_batch: NanoBatch) -> float:
+        """Part of the device that a nano-operation keeps busy alone: what it took as a part of the whole batch / its own time."""
+        num_tokens, alone_s = self.shape.num_tokens_of(kind, nano_batch), self.duration(kind, nano_batch)
+        if not num_tokens or not alone_s:
+            return 1.0
+        whole = NanoBatch(0, max(self.shape.num_tokens, nano_batch.stop))
+        at_best_s = self.duration(kind, whole) * num_tokens / self.shape.num_tokens_of(kind, whole)
+        return min(1.0, at_best_s / alone_s)
+
     def peak_time(self, kind: OpKind, nano_batch: NanoBatch) -> Mapping[Resource, float]:
         """Seconds for which each resource were busy at its published peak."""
         cost = op_cost(self.model, kind, nano_batch, self.shape, num_devices=self.num_devices)
@@ -96,4 +105,8 @@ def define_model_flags(values: flags.FlagValues) -> None:
         "shares", Shares.FIXED.value, [one.value for one in Shares],
         "fixed: a node runs at P(R) also when it is alone (the paper's stage II); fair: the device is divided among those "
         "that run.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        "spares_idle", False, "What an operation leaves idle of the device, others take without slowing it down (`simulate`'s "
+        "occupancy); else it counts twice, as in the paper's D_best / P(R).", flag_values=values,
     )  # fmt: skip

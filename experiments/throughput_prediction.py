@@ -32,16 +32,13 @@ class Prediction:
 
 def predict(
     model_name: str, num_devices: int, pipeline: Pipeline, input_len: float, output_len: float, values: flags.FlagValues,
-    *, profile: str | None = None,
 ) -> Prediction:  # fmt: skip
-    """`pipeline` on A100s, prompts and outputs of these mean lengths (tokens).    profile: in place of the flag's."""
+    """`pipeline` on A100s, prompts and outputs of these mean lengths (tokens), as the flags of `layer_timings` say."""
     lengths = {"input_len": input_len, "output_len": output_len}
-    work = layer_timings.setting(
-        model_name, num_devices, pipeline.num_tokens, profile=profile or values.profile, **lengths
-    )
+    work = layer_timings.setting(model_name, num_devices, pipeline.num_tokens, profile=values.profile, **lengths)
     timeline = simulate(
         pipeline, work.duration, layer_timings.INTERFERENCE[values.interference], num_layers=NUM_LAYERS,
-        shares=Shares(values.shares),
+        shares=Shares(values.shares), occupancy=work.occupancy if values.spares_idle else None,
     )  # fmt: skip
     step_s = PRESETS[model_name].num_layers * timeline.layer_time_s
     return Prediction(pipeline.num_tokens / step_s / num_devices, timeline.layer_time_s)

@@ -93,6 +93,19 @@ def test_a_layer_worked_by_hand(interference, shares, kqv, attention, layer_time
     assert timeline.utilization(Resource.MEMORY) == pytest.approx(6 / layer_time_s)
 
 
+def test_what_an_operation_leaves_idle_slows_it_down_by_nothing():
+    """KQV uses half of the device and has half: full speed.  Decode attention uses all of it: 3/4, as P(0.5) says."""
+    busy = {OpKind.KQV: 0.5}
+    timeline = simulate(HALVES, SECONDS, CONCAVE, num_layers=6, occupancy=lambda op, _: busy.get(op, 1.0))
+    found = starts(timeline)
+    assert [found["KQV1"], found["KQV2"]] == [(0, 2), (2, 4)]
+    assert [found["DecAttn1"], found["DecAttn2"]] == [(2, 6), (6, 10)]
+    whole = simulate(HALVES, SECONDS, CONCAVE, num_layers=6, occupancy=lambda *_: 1.0)
+    assert whole.spans == simulate(HALVES, SECONDS, CONCAVE, num_layers=6).spans
+    with pytest.raises(ValueError, match=r"node 0 \(KQV.*occupancy=0 must be in"):
+        simulate(HALVES, SECONDS, CONCAVE, num_layers=1, occupancy=lambda *_: 0)
+
+
 def test_software_pipelining_overlaps_two_layers():
     """Half a layer of lag: attention of one nano-batch beside the FFN of the other; the steady layer is the compute."""
     pipeline = library.llama_8b_single_gpu(8, 4)

@@ -53,8 +53,11 @@ def test_fig09_is_in_the_published_order_with_the_searched_pipelines(tmp_path):
         )
         assert found > plain
     assert metrics["searched_num_wrong_orders"] < metrics["num_wrong_orders"]
-    assert metrics["released_mean_absolute_error_percent_Nanobatch-only"] < 8
-    assert (tmp_path / "fig09_ablation-released.png").exists()
+    # The authors' timings know what splitting loses; which multiprocessors a small product leaves idle must not count twice.
+    assert metrics["released_mean_absolute_error_percent"] > 8
+    assert metrics["released_spares_idle_mean_absolute_error_percent"] < 4
+    assert metrics["released_spares_idle_num_wrong_orders"] == 0
+    assert (tmp_path / "fig09_ablation-released_spares_idle.png").exists()
 
 
 @pytest.mark.parametrize("folder", sorted(searched.FOLDER.iterdir()), ids=lambda folder: folder.name)

@@ -9,15 +9,15 @@ from nanojax.pipeline.ir import Pipeline
 _KEEP_NANO_BATCHES = {"xla_gpu_dot_merger_threshold_mb": 0}
 # On by default in jax 0.11, where it fails on updates of a library product's result.
 _SLICES = {"xla_gpu_enable_dynamic_slice_fusion": False}
-# What becomes part of a CUDA graph: XLA's default, and loops, whose trip counts the graph then finds without the host.
-_ONE_GRAPH = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+# What becomes part of a CUDA graph by XLA's default.
+_CAPTURED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL"
 
 
 class Graphs(enum.Enum):
     """What the host launches: `SOME` graphs, XLA's default; `CONCURRENT` ones; `ONE` CUDA graph for everything; `NO` graphs but each kernel.
 
     A step of greedy requests is one graph by XLA's default: it has neither loops nor conditions, which that leaves to the host.
-    ONE has them in the graph, and is not for serving: on an H200 with jax 0.11.2 a step with WHILE lost pages, with
+    ONE has them in the graph (loops find their trip counts there, without the host), and is not for serving: on an H200 with jax 0.11.2 a step with WHILE lost pages, with
     CONDITIONAL, too, it admitted nobody; with CONDITIONAL alone it was right (`experiments/LOG.md`).
     SOME and ONE are chains, in which kernels of several streams run one after another (an H200, jax 0.11.2).  CONCURRENT has edges only
     where one kernel needs another's buffer; a pair of kernels ran as fast so as without graphs, whole steps are not measured.
@@ -38,11 +38,14 @@ def best_graphs(pipeline: Pipeline | None, *, use_streams: bool) -> Graphs:
 def gpu_options(graphs: Graphs, *, num_devices: int = 1) -> Mapping[str, bool | int | str]:
     """`compiler_options` for `jax.jit` of a step on NVIDIA GPUs."""
     options: dict[str, bool | int | str] = {**_KEEP_NANO_BATCHES, **_SLICES}
+    collectives = ",COLLECTIVES" if num_devices > 1 else ""
     if graphs is Graphs.ONE:
-        options["xla_gpu_enable_command_buffer"] = _ONE_GRAPH + (",COLLECTIVES" if num_devices > 1 else "")
+        options["xla_gpu_enable_command_buffer"] = f"{_CAPTURED},WHILE{collectives}"
         options["xla_gpu_graph_min_graph_size"] = 1
     elif graphs is Graphs.CONCURRENT:
         options["xla_gpu_command_buffer_scheduling_mode"] = "CONCURRENT"
+        if num_devices > 1:
+            options["xla_gpu_enable_command_buffer"] = _CAPTURED + collectives
     elif graphs is Graphs.NO:
         options["xla_gpu_enable_command_buffer"] = ""
     return options

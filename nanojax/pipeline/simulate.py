@@ -86,23 +86,29 @@ def simulate(
     *,
     num_layers: int,
     shares: Shares = Shares.FIXED,
+    occupancy: Callable[[OpKind, NanoBatch], float] | None = None,
 ) -> Timeline:
     """Runs `num_layers` layers of the loop.
 
     duration: seconds of one nano-operation alone on the whole device.
     interference: P of each resource at a share R.  With `NO_INTERFERENCE` the resources are independent of each other.
+    occupancy: part of the device that a nano-operation keeps busy while it is alone, in (0, 1]; all of it if None.  One that
+        leaves some idle goes on at full speed while P(R) is no less: the paper's D_best / P(R) counts what is idle twice.
     Nodes of the same resource run beside each other only while their shares add up to at most 1, and then do no more
     together than the resource can.  Under interference and FIXED shares that limit holds over all resources.
-    Raises ValueError for `num_layers < 1`, a duration that is negative or not finite (naming the node), and a pipeline that
-    cannot go on, as a dependency is launched later than its reader.
+    Raises ValueError for `num_layers < 1`, a duration that is negative or not finite or an occupancy out of range (naming
+    the node), and a pipeline that cannot go on, as a dependency is launched later than its reader.
     """
     if num_layers < 1:
         raise ValueError(f"num_layers={num_layers} must be positive")
     alone_s = tuple(float(duration(node.op, pipeline.tokens_of(node))) for node in pipeline.nodes)
-    for index, seconds in enumerate(alone_s):
+    busy = tuple(1.0 if occupancy is None else occupancy(node.op, pipeline.tokens_of(node)) for node in pipeline.nodes)
+    for index, (seconds, part) in enumerate(zip(alone_s, busy, strict=True)):
         if not 0 <= seconds < math.inf:
             raise ValueError(f"{pipeline.describe(index)}: duration={seconds} s must be finite and not negative")
-    spans = _run(pipeline, alone_s, interference, num_layers, shares)
+        if not 0 < part <= 1:
+            raise ValueError(f"{pipeline.describe(index)}: occupancy={part} must be in (0, 1]")
+    spans = _run(pipeline, alone_s, busy, interference, num_layers, shares)
     done_s = [max(span.stop_s for span in spans if span.layer == layer) for layer in range(num_layers)]
     layer_time_s = _steady_layer_s(done_s)
     start_s = next(span.start_s for span in spans if span.node == 0 and span.layer == num_layers // 2)
@@ -171,8 +177,9 @@ class _State:
 
 
 def _run(
-    pipeline: Pipeline, alone_s: Sequence[float], interference: Interference, num_layers: int, shares: Shares
-) -> tuple[Span, ...]:
+    pipeline: Pipeline, alone_s: Sequence[float], busy: Sequence[float], interference: Interference, num_layers: int,
+    shares: Shares,
+) -> tuple[Span, ...]:  # fmt: skip
     """From event to event: whenever a node ends, others become ready, start, and change each other's speed."""
     state = _initial_state(pipeline, num_layers)
     is_free = all(interference.performance(resource, 0.0) == 1 for resource in Resource)
@@ -183,7 +190,7 @@ def _run(
             continue
         if not state.running:
             break
-        rates = _rates(state.running, pipeline, interference, shares)
+        rates = _rates(state.running, pipeline, busy, interference, shares)
         step_s = min(run.work_s / rates[stream] for stream, run in state.running.items())
         state.now_s += step_s
         for stream, run in list(state.running.items()):
@@ -261,19 +268,27 @@ def _pool(resource: Resource, are_coupled: bool) -> Resource | None:
 
 
 def _rates(
-    running: Mapping[int, _Running], pipeline: Pipeline, interference: Interference, shares: Shares
+    running: Mapping[int, _Running],
+    pipeline: Pipeline,
+    busy: Sequence[float],
+    interference: Interference,
+    shares: Shares,
 ) -> dict[int, float]:
     """Progress of each running node, in seconds of its time alone per second."""
     nodes = {stream: pipeline.nodes[run.node] for stream, run in running.items()}
     total = sum(node.share for node in nodes.values()) if shares is Shares.FAIR else 1.0
-    rates = {stream: interference.performance(node.op.resource, node.share / total) for stream, node in nodes.items()}
+    parts = {stream: busy[run.node] for stream, run in running.items()}
+    rates = {
+        stream: min(1.0, interference.performance(node.op.resource, node.share / total) / parts[stream])
+        for stream, node in nodes.items()
+    }
     for stream, rate in rates.items():
         if not rate > 0:
             name, share = pipeline.describe(running[stream].node), nodes[stream].share / total
             raise ValueError(f"{name}: its performance at share={share:g} is {rate}, it would never end")
     for resource in {node.op.resource for node in nodes.values()}:
         same = [stream for stream, node in nodes.items() if node.op.resource is resource]
-        together = sum(rates[stream] for stream in same)
+        together = sum(parts[stream] * rates[stream] for stream in same)
         if together > 1:
             rates |= {stream: rates[stream] / together for stream in same}
     return rates

@@ -132,6 +132,7 @@ def _simulate(case: Case, values: flags.FlagValues) -> tuple[Timeline, dict[str,
     """The timeline that the flags ask for, and a row of the table: the same pipeline under other assumptions too."""
     work = layer_timings.setting_of(case.model, case.num_devices, case.pipeline.num_tokens, values)
     curves, num_layers = layer_timings.INTERFERENCE[values.interference], values.num_layers
+    busy = work.occupancy if values.spares_idle else None
 
     def timeline(pipeline: Pipeline, shares: Shares, interference=curves) -> Timeline:
         return simulate(pipeline, work.duration, interference, num_layers=num_layers, shares=shares, occupancy=busy)

@@ -88,7 +88,8 @@ class Engine:
         self.steps: list[StepRecord] = []
         # Committed from the start: what a step returns is, and a program compiles once for each case it meets.
         device = next(iter(jax.tree.leaves(params)[0].devices()))
-        self._params, self._state = jax.device_put((params, core.init(config, model, kv_dtype)), device)
+        state = jax.jit(functools.partial(core.init, config, model, kv_dtype))()  # one program, not one for each array
+        self._params, self._state = jax.device_put((params, state), device)
         self._clock = clock
         forwards = execute.forward_per_budget(
             model, config.token_budgets, pipelines or {}, attention=attention, use_streams=use_streams,

@@ -9,6 +9,13 @@ from nanojax.pipeline.ir import Pipeline
 _KEEP_NANO_BATCHES = {"xla_gpu_dot_merger_threshold_mb": 0}
 # On by default in jax 0.11, where it fails on updates of a library product's result.
 _SLICES = {"xla_gpu_enable_dynamic_slice_fusion": False}
+# A collective starts as soon as it can and ends as late, several at a time.  By default XLA starts them late on Hopper, by its estimate of
+# what they take, and on other GPUs waits for each at once.
+_COLLECTIVES_BESIDE = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_analytical_sol_latency_estimator": False,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+}
 # What becomes part of a CUDA graph by XLA's default.
 _CAPTURED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL"
 
@@ -38,7 +45,10 @@ def best_graphs(pipeline: Pipeline | None, *, use_streams: bool) -> Graphs:
 def gpu_options(graphs: Graphs, *, num_devices: int = 1) -> Mapping[str, bool | int | str]:
     """`compiler_options` for `jax.jit` of a step on NVIDIA GPUs."""
     options: dict[str, bool | int | str] = {**_KEEP_NANO_BATCHES, **_SLICES}
-    collectives = ",COLLECTIVES" if num_devices > 1 else ""
+    collectives = ""
+    if num_devices > 1:
+        options |= _COLLECTIVES_BESIDE
+        collectives = ",COLLECTIVES"
     if graphs is Graphs.ONE:
         options["xla_gpu_enable_command_buffer"] = f"{_CAPTURED},WHILE{collectives}"
         options["xla_gpu_graph_min_graph_size"] = 1

@@ -18,7 +18,7 @@ RANKS = [
         "pallas_kernels.numba_vectors16",
     ],
     ["pallas_kernels.triton_call"],
-    ["pallas_kernels.matmul"],
+    ["pallas_kernels.matmul", "pallas_kernels.rms_norm"],
     ["pallas_kernels"],
     ["pallas_kernels.overlap"],
     ["nanojax.config", "nanojax.control", "nanojax.hardware", "nanojax.models.layers"],

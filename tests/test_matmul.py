@@ -58,6 +58,17 @@ class TestMatmul:
         np.testing.assert_allclose(out[:num_tokens], exact[:num_tokens], rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(out[num_tokens:], 0 if implementation == "numba" else exact[num_tokens:])
 
+    @pytest.mark.parametrize("num_tokens", [1, 5, 12, 29])
+    def test_a_residual_is_added(self, implementation, dtype, num_tokens):
+        x, kernel = operands(29, 64, 96, dtype)
+        residual = jax.random.normal(jax.random.key(1), (29, 96)).at[num_tokens:].set(jnp.nan)
+        product = jax.jit(lambda *args, n: matmul(*args, num_tokens=n, implementation=implementation))
+        out = np.asarray(product(x, kernel, residual, n=jnp.int32(num_tokens)))
+        exact = np.asarray(reference.matmul(x.astype(dtype), kernel) + residual)
+        np.testing.assert_allclose(out[:num_tokens], exact[:num_tokens], rtol=1e-5, atol=1e-5)
+        if implementation == "numba":
+            np.testing.assert_array_equal(out[num_tokens:], 0)
+
 
 @pytest.mark.parametrize(("implementation", "dtype"), IMPLEMENTATIONS)
 @pytest.mark.parametrize(("num_tokens", "width", "num_columns"), [(1, 16, 32), (7, 48, 96), (64, 576, 320)])
@@ -108,6 +119,12 @@ class TestUnitsForBfloat16:
                 out = product(rows, operand, jnp.int32(num_tokens))
                 np.testing.assert_allclose(out[:num_tokens], exact[:num_tokens], rtol=1e-5, atol=1e-5)
                 np.testing.assert_array_equal(out[num_tokens:], 0)
+                if form != "transposed":
+                    residual = jax.random.normal(jax.random.key(2), out.shape)
+                    added = product(rows, operand, jnp.int32(num_tokens), residual)
+                    wanted = (exact + residual[:num_rows])[:num_tokens]
+                    np.testing.assert_allclose(added[:num_tokens], wanted, rtol=1e-5, atol=2e-5)
+                    np.testing.assert_array_equal(added[num_tokens:], 0)
 
     @pytest.mark.parametrize("shape", [(64, 3, 64), (2, 4, 8, 64)])
     def test_a_packed_kernel_is_only_in_another_order(self, unit, shape, monkeypatch):

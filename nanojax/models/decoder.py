@@ -93,7 +93,7 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "t D"], rope: Float[Array, "2 t h2"], extent: Extent = WHOLE
     ) -> tuple[Float[Array, "t H h"], Float[Array, "t K h"], Float[Array, "t K h"]]:
         """Norm, joint projection, optional query/key norm (Qwen3), rotation of queries and keys."""
-        y = self.qkv(self.attn_norm(x), extent)
+        y = self.qkv(self.attn_norm(x, extent.num_tokens, operand_dtype(self.qkv.kernel[...])), extent)
         t, num_kv_heads, width, head_dim = y.shape
         q_and_k, v = y[:, :, :-1], y[:, :, -1]
         if hasattr(self, "q_norm"):
@@ -116,7 +116,8 @@ class DecoderLayer(nnx.Module):
         """Norm, gate and up projections; what it returns is only for `down`.  A mixture of experts is about all tokens."""
         if isinstance(self.ffn, MixtureOfExperts):
             return self.ffn.up_gate(self.ffn_norm(x), *routes)
-        return self.ffn.up_gate(self.ffn_norm(x), extent)
+        normed = self.ffn_norm(x, extent.num_tokens, operand_dtype(self.ffn.gate_up[...]))
+        return self.ffn.up_gate(normed, extent)
 
     def down(self, x: Float[Array, "t D"], hidden, extent: Extent = WHOLE) -> Float[Array, "t D"]:
         """The residual stream after the feed-forward."""
@@ -149,7 +150,8 @@ class Decoder(nnx.Module):
     def logits(self, x: Float[Array, "R D"], num_rows: Int32[Array, ""] | None = None) -> Float[Array, "R V"]:
         """Scores of all tokens, float32; of the first `num_rows` rows, if only they are asked for."""
         table = (self.head if hasattr(self, "head") else self.embed).table[...]
-        return matmul(self.final_norm(x), table, num_tokens=num_rows, is_transposed=True)
+        normed = self.final_norm(x, num_rows, operand_dtype(table))
+        return matmul(normed, table, num_tokens=num_rows, is_transposed=True)
 
 
 def rotate(x: Float[Array, "t K n h"], rope: Float[Array, "2 t h2"]) -> Float[Array, "t K n h"]:

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from nanojax.array_types import Array, Float, Int32, UInt16
 from pallas_kernels.matmul import matmul
+from pallas_kernels.rms_norm import rms_norm
 
 
 class RMSNorm(nnx.Module):
@@ -19,10 +20,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
 
-    def __call__(self, x: Float[Array, "*t D"]) -> Float[Array, "*t D"]:
-        """Float32, whatever comes in."""
-        x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+    def __call__(
+        self,
+        x: Float[Array, "*t D"],
+        num_tokens: Int32[Array, ""] | None = None,
+        out_dtype: DTypeLike = jnp.float32,
+    ) -> Float[Array, "*t D"]:
+        """Of the first `num_tokens` tokens, if only they are asked for; rounded to `out_dtype`."""
+        return rms_norm(x, self.scale[...], self.eps, num_tokens=num_tokens, out_dtype=out_dtype)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, scale: float = 0.02) -> nnx.Param:

@@ -31,7 +31,7 @@ def matmul(
       kernel: may be one that `pack` packed; then `silu(gate) * up` is rounded to bfloat16 before all else.
       residual: is added to the product.
       is_transposed: the kernel is [f, c].
-      num_tokens: only the first so many tokens are asked for; "numba" leaves the others out, their product is 0.
+      num_tokens: only the first so many tokens are asked for; "numba" leaves the others out, what they would get is 0.
       implementation: None is the best one for the default platform: "numba" on a CPU where numba is installed and the
         kernel suits it (see `_why_not_numba`), else "xla".  "mosaic_gpu" is for Hopper.
       num_ctas: multiprocessors that "mosaic_gpu" works on, all of them if None; of no meaning to the others.
@@ -55,21 +55,25 @@ def matmul(
         return mosaic_gpu.matmul(x, kernel, added, num_ctas=count, out_dtype=out_dtype)
     is_narrow = platform() == "gpu" and residual is None and out_dtype == kernel.dtype
     dtype = kernel.dtype if is_narrow else jnp.float32
-    if is_packed(kernel) and kernel.ndim == 3:
-        result = _numba(x, kernel, is_transposed, num_tokens)
+    is_gated = kernel.ndim == 3
+    if is_gated and is_packed(kernel):
+        result = _numba(x, kernel, None, is_transposed, num_tokens)
     else:
         matrix = kernel.reshape(kernel.shape[0], -1)
-        result = _product(x, matrix, is_transposed, num_tokens, implementation, dtype)
-        if kernel.ndim == 3:
+        added = None if is_gated else residual
+        result = _product(x, matrix, added, is_transposed, num_tokens, implementation, dtype)
+        if is_gated:
             gate, up = jnp.moveaxis(result.reshape(x.shape[0], *kernel.shape[1:]), 1, 0)
             result = jax.nn.silu(gate.astype(jnp.float32)) * up
-    if residual is not None:
+    if is_gated and residual is not None:
         result = residual + result
     return result.astype(out_dtype)
 
 
-def _product(x, kernel, is_transposed: bool, num_tokens, implementation: str | None, dtype: Any) -> Float[Array, "t f"]:
-    """The product alone; "xla" gives it in `dtype`, sums being float32, "numba" in float32."""
+def _product(
+    x, kernel, residual, is_transposed: bool, num_tokens, implementation: str | None, dtype: Any
+) -> Float[Array, "t f"]:
+    """The product and what is added to it; "xla" gives the product in `dtype`, sums being float32, "numba" in float32."""
     if implementation is None:
         # XLA multiplies bfloat16 by AVX512-BF16; the transposed form of "numba" does not, only by AMX.
         is_for_unit = is_transposed and kernel.dtype == jnp.bfloat16 and unit(kernel.shape[1]) == "avx512bf16"
@@ -79,14 +83,15 @@ def _product(x, kernel, is_transposed: bool, num_tokens, implementation: str | N
         case "xla":
             # bfloat16 operands double the rate on CPUs with AVX512-BF16; a bfloat16 result does not.
             dims = (((1,), (1 if is_transposed else 0,)), ((), ()))
-            return jax.lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
+            product = jax.lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
+            return product if residual is None else residual + product
         case "numba":
-            return _numba(x, kernel, is_transposed, num_tokens)
+            return _numba(x, kernel, residual, is_transposed, num_tokens)
         case _:
             raise NotImplementedError(f"implementation={implementation!r} is none of 'mosaic_gpu', 'numba', 'xla'")
 
 
-def _numba(x, kernel, is_transposed: bool, num_tokens) -> Float[Array, "t f"]:
+def _numba(x, kernel, residual, is_transposed: bool, num_tokens) -> Float[Array, "t f"]:
     reason = _why_not_numba(kernel, is_transposed=is_transposed)
     if reason is not None:
         raise NotImplementedError(f"implementation='numba' {reason}")
@@ -95,7 +100,7 @@ def _numba(x, kernel, is_transposed: bool, num_tokens) -> Float[Array, "t f"]:
     count = jnp.int32(x.shape[0]) if num_tokens is None else num_tokens
     if kernel.ndim == 3:
         return numba_cpu.gated(x, kernel, count)
-    return numba_cpu.matmul(x, kernel, count, is_transposed=is_transposed)
+    return numba_cpu.matmul(x, kernel, count, residual, is_transposed=is_transposed)
 
 
 def _why_not_mosaic(x, kernel) -> str | None:

@@ -28,6 +28,7 @@ from pallas_kernels.matmul.panels import (
     NUM_TOKENS,
     NUM_WORDS,
     OUT,
+    RESIDUAL,
     WIDTH,
     X,
     clear_padding,
@@ -95,11 +96,13 @@ def configure(at, num_rows):
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
 def tiles(
-    typing_context, left, left_stride, panel, num_steps, out, out_stride, later, num_blocks, num_lines, num_parts, part
-):
+    typing_context, left, left_stride, panel, num_steps, out, out_stride, added, later, num_blocks, num_lines, num_parts,
+    part,
+):  # fmt: skip
     """Sums of `num_blocks` (1 or 2) blocks of rows with one packed panel, 32 products at a time.
 
     left, out: addresses of the blocks.
+    added: addresses of what is added to their sums, laid out as the result, or zeros.
     later: in each step `num_lines` lines of 64 bytes from there on are brought near, and the panel nearer, unless it is 0.
     num_parts: a left operand is the sum of so many, which lie `part` bytes apart.
     """
@@ -109,13 +112,18 @@ def tiles(
 
     def generate(context, builder, signature, arguments):
         b = builder
-        left, left_stride, panel, num_steps, out, out_stride, later, _, num_lines, _, part = arguments
+        left, left_stride, panel, num_steps, out, out_stride, added, later, _, num_lines, _, part = arguments
         count, parts = (number.literal_value for number in constants)
-        lefts, outs = (numba.core.cgutils.unpack_tuple(b, pair) for pair in (left, out))
+        lefts, outs, first_sums = (numba.core.cgutils.unpack_tuple(b, pair) for pair in (left, out, added))
         blocks = range(count)
-        for m in blocks:
-            for half in range(2):
-                _emit(b, "tilezero", SUMS[2 * m + half])
+        with b.if_else(b.icmp_signed("!=", first_sums[0], INT64(0))) as (has_added, has_none):
+            with has_added:
+                for m, half in itertools.product(blocks, range(2)):
+                    place = b.inttoptr(b.add(first_sums[m], INT64(64 * half)), BYTES)
+                    _emit(b, "tileloadd64", SUMS[2 * m + half], place, out_stride)
+            with has_none:
+                for m, half in itertools.product(blocks, range(2)):
+                    _emit(b, "tilezero", SUMS[2 * m + half])
         with numba.core.cgutils.for_range(b, num_steps) as loop:
             column, row = b.mul(loop.index, INT64(2 * DEPTH)), b.mul(loop.index, INT64(ROWS * 4 * PANEL))
             for half in range(2):
@@ -139,7 +147,7 @@ def tiles(
         return context.get_dummy_value()
 
     one, pair = numba.types.int64, numba.types.UniTuple(numba.types.int64, 2)
-    return numba.types.void(pair, one, one, one, pair, one, one, num_blocks, one, num_parts, one), generate
+    return numba.types.void(pair, one, one, one, pair, one, pair, one, num_blocks, one, num_parts, one), generate
 
 
 @typing.no_type_check
@@ -154,6 +162,7 @@ def make_work(sources, form):
     def work(job_at, first, stop):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         x, num_tokens, num_rows, width = job[X], job[NUM_TOKENS], job[NUM_ROWS], job[WIDTH]
+        to_added = job[RESIDUAL] - job[OUT] if job[RESIDUAL] != 0 else 0
         x_stride, out_stride, panel_bytes = 2 * width, column_bytes * job[NUM_COLUMNS], 2 * PANEL * width
         num_steps, rows = width // DEPTH, min(num_rows, ROWS)
         buffer_ = np.empty((0 if is_packed else width * PANEL) + 4 * ROWS * PANEL + 32, np.int16)
@@ -172,13 +181,14 @@ def make_work(sources, form):
                 has_two = num_tokens - token > ROWS
                 lefts, outs = (x + x_stride * one, x + x_stride * two), (out + out_stride * one, out + out_stride * two)
                 targets, stride = ((sums, sums + 4 * ROWS * PANEL), 4 * PANEL) if is_gated else (outs, out_stride)
+                added = (outs[0] + to_added, outs[1] + to_added) if to_added != 0 else (0, 0)
                 later, lines = packed + AHEAD * panel_bytes, all_lines
                 if num_tokens > 2 * ROWS:  # a half of the panel in each of the first two passes
                     later, lines = later + panel_bytes // 2 * min(token, 1), all_lines // 2
                 if has_two:
-                    tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 2, lines, 1, 0)
+                    tiles(lefts, x_stride, packed, num_steps, targets, stride, added, later, 2, lines, 1, 0)
                 else:
-                    tiles(lefts, x_stride, packed, num_steps, targets, stride, later, 1, lines, 1, 0)
+                    tiles(lefts, x_stride, packed, num_steps, targets, stride, added, later, 1, lines, 1, 0)
                 if is_gated:
                     gate_rows(targets[0], rows, outs[0], out_stride)
                     if has_two:
@@ -217,7 +227,7 @@ def make_transposed_work(sources):
                 later = kernel + AHEAD * PANEL * row_bytes
                 lefts, outs = (kernel, kernel + ROWS * row_bytes), (sums, sums + 4 * PANEL * ROWS)
                 tokens = job[X] + token * row_bytes
-                tiles(lefts, row_bytes, tokens, width // DEPTH, outs, 4 * PANEL, later, 2, 32, 1, 0)
+                tiles(lefts, row_bytes, tokens, width // DEPTH, outs, 4 * PANEL, (0, 0), later, 2, 32, 1, 0)
                 for column in range(0, PANEL, ROWS):
                     for row in range(0, PANEL, ROWS):
                         place = turned + 4 * (PANEL * row + column)

@@ -21,12 +21,13 @@ from pallas_kernels.matmul.panels import (
     NUM_TOKENS,
     NUM_WORDS,
     OUT,
+    RESIDUAL,
     WIDTH,
     X,
     clear_padding,
 )
 from pallas_kernels.numba_ffi import Work, array, fetch_line, prefetch
-from pallas_kernels.numba_vectors16 import FLOATS, INT64, WORD, WORDS, BFloat, address, constant, splat
+from pallas_kernels.numba_vectors16 import FLOATS, INT64, WORD, WORDS, BFloat, address, constant, load, splat
 
 AHEAD = 2  # panels: with two threads the next panel of this one is the one after the next
 
@@ -56,9 +57,10 @@ def pack_pair(typing_context, source, next_source, target):
 
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, later, num_tokens):
+def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, to_added, later, num_tokens):
     """Products of `num_tokens` (a constant) tokens with one packed panel of `num_pairs` pairs of rows.
 
+    to_added: bytes from a result to what is added to it, or 0 for nothing.
     later: meanwhile half as many bytes as the panel has are brought near from there on.
     """
     count = num_tokens
@@ -67,7 +69,7 @@ def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, later,
 
     def generate(context, builder, signature, arguments):
         b = builder
-        x, x_stride, panel, num_pairs, out, out_stride, later = arguments[:7]
+        x, x_stride, panel, num_pairs, out, out_stride, to_added, later = arguments[:8]
         num_tokens = count.literal_value
         dot_type = llvmlite.ir.FunctionType(FLOATS, (FLOATS, PAIRS, PAIRS))
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
@@ -88,13 +90,15 @@ def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, later,
                 both = b.bitcast(splat(b, pair, WORDS), PAIRS)
                 for half in range(2):
                     b.store(b.call(dot, (b.load(sums[m, half]), both, weights[half])), sums[m, half])
-        for m in range(num_tokens):
-            for half in range(2):
-                place = b.add(b.mul(out_stride, INT64(m)), INT64(64 * half))
-                b.store(b.load(sums[m, half]), address(b, out, place, FLOATS), align=4)
+        places = {at: b.add(b.mul(out_stride, INT64(at[0])), INT64(64 * at[1])) for at in sums}
+        with b.if_then(b.icmp_signed("!=", to_added, INT64(0))):
+            for at, place in places.items():
+                b.store(b.fadd(load(b, b.add(out, to_added), place), b.load(sums[at])), sums[at])
+        for at, place in places.items():
+            b.store(b.load(sums[at]), address(b, out, place, FLOATS), align=4)
         return context.get_dummy_value()
 
-    return numba.types.void(*(numba.types.int64,) * 7, count), generate
+    return numba.types.void(*(numba.types.int64,) * 8, count), generate
 
 
 @numba.njit(forceinline=True)
@@ -119,6 +123,7 @@ def make_work(sources, form):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         num_tokens, num_pairs, out_stride = job[NUM_TOKENS], job[WIDTH] // 2, column_bytes * job[NUM_COLUMNS]
         x_stride, panel_bytes = 4 * num_pairs, 4 * PANEL * num_pairs
+        to_added = job[RESIDUAL] - job[OUT] if job[RESIDUAL] != 0 else 0
         buffer_ = np.empty((0 if is_packed else num_pairs * 2 * PANEL) + 2 * MOST_TOKENS * PANEL + 32, np.int16)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
         packed = sums + 4 * MOST_TOKENS * PANEL
@@ -138,19 +143,19 @@ def make_work(sources, form):
                 later = packed + panel_bytes * AHEAD + panel_bytes // 2 * min(token, 1) if is_packed else packed
                 if left >= MOST_TOKENS and left != 16:
                     count = MOST_TOKENS
-                    _tile(x, x_stride, packed, num_pairs, target, stride, later, MOST_TOKENS)
+                    _tile(x, x_stride, packed, num_pairs, target, stride, to_added, later, MOST_TOKENS)
                 elif left >= 8:
                     count = 8
-                    _tile(x, x_stride, packed, num_pairs, target, stride, later, 8)
+                    _tile(x, x_stride, packed, num_pairs, target, stride, to_added, later, 8)
                 elif left >= 4:
                     count = 4
-                    _tile(x, x_stride, packed, num_pairs, target, stride, later, 4)
+                    _tile(x, x_stride, packed, num_pairs, target, stride, to_added, later, 4)
                 elif left >= 2:
                     count = 2
-                    _tile(x, x_stride, packed, num_pairs, target, stride, later, 2)
+                    _tile(x, x_stride, packed, num_pairs, target, stride, to_added, later, 2)
                 else:
                     count = 1
-                    _tile(x, x_stride, packed, num_pairs, target, stride, later, 1)
+                    _tile(x, x_stride, packed, num_pairs, target, stride, to_added, later, 1)
                 if is_gated:
                     gate_rows(target, count, here, out_stride)
                 token += count

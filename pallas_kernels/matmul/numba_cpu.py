@@ -15,20 +15,24 @@ def matmul(
     x: Float[Array, "t c"],
     kernel: Float[Array, "c f"] | UInt16[Array, "c f"] | Float[Array, "f c"],
     num_tokens: Int32[Array, ""],
+    residual: Float[Array, "t f"] | None = None,
     *,
     is_transposed: bool = False,
 ) -> Float32[Array, "t f"]:
-    """`x @ kernel`, packed or not, or `x @ kernel.T`, of the first `num_tokens` tokens; zero for the others.
+    """`x @ kernel`, packed or not, or `x @ kernel.T`, plus `residual`, of the first `num_tokens` tokens; zero for the others.
 
     Sums are float32.  A token's result does not depend on the other tokens, to the last bit.
     """
+    if is_transposed and residual is not None:
+        return residual + matmul(x, kernel, num_tokens, is_transposed=True)
     unit, num_columns = unit_for(kernel, is_transposed), kernel.shape[0 if is_transposed else 1]
     x = x.astype(jnp.float32 if unit == "float32" else jnp.bfloat16)
     form = "transposed" if is_transposed else "packed" if packed.is_packed(kernel) else "plain"
     out = jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.float32)
     if unit == "amx" and is_transposed:
         x = numba_amx.pack_tokens(x)
-    return jax.ffi.ffi_call(_target(kernel.dtype.name, unit, form), out)(x, kernel, num_tokens)
+    added = () if residual is None else (residual.astype(jnp.float32),)
+    return jax.ffi.ffi_call(_target(kernel.dtype.name, unit, form), out)(x, kernel, num_tokens, *added)
 
 
 def gated(

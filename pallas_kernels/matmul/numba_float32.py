@@ -22,6 +22,7 @@ from pallas_kernels.matmul.panels import (
     NUM_TOKENS,
     NUM_WORDS,
     OUT,
+    RESIDUAL,
     WIDTH,
     X,
     clear_padding,
@@ -95,10 +96,11 @@ def turn_square(typing_context, source, source_stride, target, element_bytes):
 
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def _tiles(typing_context, x, out, packed, width, later, element_bytes, num_tokens):
+def _tiles(typing_context, x, out, to_added, packed, width, later, element_bytes, num_tokens):
     """Products of `num_tokens` (a constant) tokens, whose activations stay near meanwhile, with the tiles of a packed panel.
 
     x, out: address and stride of the tokens' activations and results.
+    to_added: bytes from a result to what is added to it, or 0 for nothing.
     later: what is brought near meanwhile, PANEL elements a row: address, stride, and rows per packed row in 65536ths.
     """
     count, size = num_tokens, element_bytes
@@ -109,26 +111,36 @@ def _tiles(typing_context, x, out, packed, width, later, element_bytes, num_toke
 
     def generate(context, builder, signature, arguments):
         b = builder
-        packed, width = arguments[2:4]
+        to_added, packed, width = arguments[2:5]
         (x, x_stride), (out, out_stride), (later, later_stride, pace) = (
-            numba.core.cgutils.unpack_tuple(b, arguments[i]) for i in (0, 1, 4)
+            numba.core.cgutils.unpack_tuple(b, arguments[i]) for i in (0, 1, 5)
         )
         tokens = [b.add(x, b.mul(x_stride, INT64(m))) for m in range(count.literal_value)]
         with numba.core.cgutils.for_range(b, INT64(PANEL // TILE)) as loop:
             weights = b.add(packed, b.mul(loop.index, b.mul(width, INT64(4 * TILE))))
             to = b.add(out, b.mul(loop.index, INT64(4 * TILE)))
             line = b.mul(loop.index, INT64(64 * (lines_per_row - lines_per_tile)))
-            _tile(b, tokens, weights, width, to, out_stride, (b.add(later, line), later_stride, pace), lines_per_tile)
+            _tile(
+                b,
+                tokens,
+                weights,
+                width,
+                to,
+                out_stride,
+                to_added,
+                (b.add(later, line), later_stride, pace),
+                lines_per_tile,
+            )
         return context.get_dummy_value()
 
     one, pair, triple = numba.types.int64, *(numba.types.UniTuple(numba.types.int64, n) for n in (2, 3))
-    return numba.types.void(pair, pair, one, one, triple, size, count), generate
+    return numba.types.void(pair, pair, one, one, one, triple, size, count), generate
 
 
-def _tile(b, tokens, packed, width, out, out_stride, later, num_lines):
+def _tile(b, tokens, packed, width, out, out_stride, to_added, later, num_lines):
     """Products of the activations at the addresses `tokens` with one packed tile of `width` rows.
 
-    later: as in `_tiles`; of each row `num_lines` lines of 64 bytes are brought near.
+    to_added, later: as in `_tiles`; of each row `num_lines` lines of 64 bytes are brought near.
     """
     later, later_stride, pace = later
     name, fma_type = f"llvm.fma.v{LANES}f32", llvmlite.ir.FunctionType(LANE, (LANE,) * 3)
@@ -149,10 +161,16 @@ def _tile(b, tokens, packed, width, out, out_stride, later, num_lines):
             activation = b.shuffle_vector(first, first, llvmlite.ir.VectorType(WORD, LANES)([0] * LANES))
             for weight, place in zip(weights, places, strict=True):
                 b.store(b.call(fma, (activation, weight, b.load(place))), place)
-    for m, places in enumerate(sums):
-        for half, place in enumerate(places):
-            offset = b.add(b.mul(out_stride, INT64(m)), INT64(half * LANE_BYTES))
-            b.store(b.load(place), address(b, out, offset, LANE), align=4)
+    results = {
+        place: b.add(out, b.add(b.mul(out_stride, INT64(m)), INT64(half * LANE_BYTES)))
+        for m, places in enumerate(sums) for half, place in enumerate(places)
+    }  # fmt: skip
+    with b.if_then(b.icmp_signed("!=", to_added, INT64(0))):
+        for place, result in results.items():
+            added = b.load(address(b, b.add(result, to_added), 0, LANE), align=4)
+            b.store(b.fadd(added, b.load(place)), place)
+    for place, result in results.items():
+        b.store(b.load(place), address(b, result, 0, LANE), align=4)
 
 
 @typing.no_type_check
@@ -166,6 +184,7 @@ def make_work(sources, element_bytes, is_transposed):
         x, kernel, num_tokens, width = job[X], job[KERNEL], job[NUM_TOKENS], job[WIDTH]
         x_stride, out_stride, tile_bytes = 4 * width, 4 * job[NUM_COLUMNS], 4 * TILE * width
         row_stride = element_bytes * (width if is_transposed else job[NUM_COLUMNS])
+        to_added = job[RESIDUAL] - job[OUT] if job[RESIDUAL] != 0 else 0
         buffer_ = np.empty(width * PANEL + 16, np.float32)
         packed = (buffer_.ctypes.data + 63) // 64 * 64
         # Rows of the later panel that each tile of tokens fetches, and that number per row of its own loop, in 65536ths.
@@ -196,16 +215,16 @@ def make_work(sources, element_bytes, is_transposed):
                 later = source + AHEAD * panel_stride + row * fetch_stride, fetch_stride, pace
                 activations, sums = (x + x_stride * token, x_stride), (out + out_stride * token, out_stride)
                 if left >= ROWS and left != ROWS + 2:
-                    _tiles(activations, sums, packed, width, later, element_bytes, ROWS)
+                    _tiles(activations, sums, to_added, packed, width, later, element_bytes, ROWS)
                     token += ROWS
                 elif left >= 4:
-                    _tiles(activations, sums, packed, width, later, element_bytes, 4)
+                    _tiles(activations, sums, to_added, packed, width, later, element_bytes, 4)
                     token += 4
                 elif left >= 2:
-                    _tiles(activations, sums, packed, width, later, element_bytes, 2)
+                    _tiles(activations, sums, to_added, packed, width, later, element_bytes, 2)
                     token += 2
                 else:
-                    _tiles(activations, sums, packed, width, later, element_bytes, 1)
+                    _tiles(activations, sums, to_added, packed, width, later, element_bytes, 1)
                     token += 1
         buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 

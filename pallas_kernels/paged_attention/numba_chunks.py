@@ -60,9 +60,9 @@ def _product(left, left_stride, part, panel, num_steps, out, out_stride, num_row
     """Up to 32 rows, as sums of `PARTS` numbers `part` bytes apart, times a panel of 32 columns."""
     lefts, outs = (left, left + ROWS * left_stride), (out, out + ROWS * out_stride)
     if num_rows > ROWS:
-        tiles(lefts, left_stride, panel, num_steps, outs, out_stride, panel, 2, 0, PARTS, part)
+        tiles(lefts, left_stride, panel, num_steps, outs, out_stride, (0, 0), panel, 2, 0, PARTS, part)
     else:
-        tiles(lefts, left_stride, panel, num_steps, outs, out_stride, panel, 1, 0, PARTS, part)
+        tiles(lefts, left_stride, panel, num_steps, outs, out_stride, (0, 0), panel, 1, 0, PARTS, part)
 
 
 @numba.njit(error_model="numpy")

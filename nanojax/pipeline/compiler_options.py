@@ -9,8 +9,8 @@ from nanojax.pipeline.ir import Pipeline
 _KEEP_NANO_BATCHES = {"xla_gpu_dot_merger_threshold_mb": 0}
 # On by default in jax 0.11, where it fails on updates of a library product's result.
 _SLICES = {"xla_gpu_enable_dynamic_slice_fusion": False}
-# A collective starts as soon as it can and ends as late, several at a time.  By default XLA starts them late on Hopper, by its estimate of
-# what they take, and on other GPUs waits for each at once.
+# A collective starts as soon as it can and ends as late, several at a time.  By default XLA starts them late on Hopper, by its
+# estimate of what they take, and on other GPUs waits for each at once.
 _COLLECTIVES_BESIDE = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_enable_analytical_sol_latency_estimator": False,
@@ -24,8 +24,9 @@ class Graphs(enum.Enum):
     """What the host launches: `SOME` graphs, XLA's default; `CONCURRENT` ones; `ONE` CUDA graph for everything; `NO` graphs but each kernel.
 
     A step of greedy requests is one graph by XLA's default: it has neither loops nor conditions, which that leaves to the host.
-    ONE has them in the graph (loops find their trip counts there, without the host), and is not for serving: on an H200 with jax 0.11.2 a step with WHILE lost pages, with
-    CONDITIONAL, too, it admitted nobody; with CONDITIONAL alone it was right (`experiments/LOG.md`).
+    ONE has them in the graph (loops find their trip counts there, without the host), and is not for serving: on an H200 with
+    jax 0.11.2 a step with WHILE lost pages, with CONDITIONAL, too, it admitted nobody; with CONDITIONAL alone it was right
+    (`experiments/LOG.md`).
     SOME and ONE are chains, in which kernels of several streams run one after another (an H200, jax 0.11.2).  CONCURRENT has edges only
     where one kernel needs another's buffer; a pair of kernels ran as fast so as without graphs, whole steps are not measured.
     NO is for steps on several streams, and for a profiler, which tells only of kernels launched one by one what they belong to.

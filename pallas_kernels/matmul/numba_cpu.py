@@ -21,7 +21,8 @@ def matmul(
 ) -> Float32[Array, "t f"]:
     """`x @ kernel`, packed or not, or `x @ kernel.T`, plus `residual`, of the first `num_tokens` tokens; zero for the others.
 
-    Sums are float32.  A token's result does not depend on the other tokens, to the last bit.
+    Sums are float32.  A token's result does not depend on the other tokens, to the last bit.  No unit adds to a transposed
+    product by itself: there the others keep `residual`.
     """
     if is_transposed and residual is not None:
         return residual + matmul(x, kernel, num_tokens, is_transposed=True)

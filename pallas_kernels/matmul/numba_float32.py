@@ -120,17 +120,8 @@ def _tiles(typing_context, x, out, to_added, packed, width, later, element_bytes
             weights = b.add(packed, b.mul(loop.index, b.mul(width, INT64(4 * TILE))))
             to = b.add(out, b.mul(loop.index, INT64(4 * TILE)))
             line = b.mul(loop.index, INT64(64 * (lines_per_row - lines_per_tile)))
-            _tile(
-                b,
-                tokens,
-                weights,
-                width,
-                to,
-                out_stride,
-                to_added,
-                (b.add(later, line), later_stride, pace),
-                lines_per_tile,
-            )
+            ahead = b.add(later, line), later_stride, pace
+            _tile(b, tokens, weights, width, to, out_stride, to_added, ahead, lines_per_tile)
         return context.get_dummy_value()
 
     one, pair, triple = numba.types.int64, *(numba.types.UniTuple(numba.types.int64, n) for n in (2, 3))

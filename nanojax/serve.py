@@ -88,8 +88,7 @@ class Engine:
         self.steps: list[StepRecord] = []
         # Committed from the start: what a step returns is, and a program compiles once for each case it meets.
         device = next(iter(jax.tree.leaves(params)[0].devices()))
-        state = jax.jit(functools.partial(core.init, config, model, kv_dtype))()  # one program, not one for each array
-        self._params, self._state = jax.device_put((params, state), device)
+        self._params, self._state = jax.device_put((params, _init(config, model, kv_dtype)), device)
         self._clock = clock
         forwards = execute.forward_per_budget(
             model, config.token_budgets, pipelines or {}, attention=attention, use_streams=use_streams,
@@ -339,6 +338,9 @@ class Engine:
         output = entry.output(reason, now, has_text=self.tokenizer is not None)
         self.records.append(output.record)
         return output
+
+
+_init = jax.jit(core.init, static_argnums=(0, 1, 2))  # one program, not one for each array
 
 
 def _launch_fn(

@@ -28,7 +28,7 @@ from pallas_kernels.matmul.panels import (
     NUM_TOKENS,
     NUM_WORDS,
     OUT,
-    RESIDUAL,
+    TO_ADDED,
     WIDTH,
     X,
     clear_padding,
@@ -162,7 +162,7 @@ def make_work(sources, form):
     def work(job_at, first, stop):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         x, num_tokens, num_rows, width = job[X], job[NUM_TOKENS], job[NUM_ROWS], job[WIDTH]
-        to_added = job[RESIDUAL] - job[OUT] if job[RESIDUAL] != 0 else 0
+        to_added = job[TO_ADDED]
         x_stride, out_stride, panel_bytes = 2 * width, column_bytes * job[NUM_COLUMNS], 2 * PANEL * width
         num_steps, rows = width // DEPTH, min(num_rows, ROWS)
         buffer_ = np.empty((0 if is_packed else width * PANEL) + 4 * ROWS * PANEL + 32, np.int16)

@@ -21,7 +21,7 @@ from pallas_kernels.matmul.panels import (
     NUM_TOKENS,
     NUM_WORDS,
     OUT,
-    RESIDUAL,
+    TO_ADDED,
     WIDTH,
     X,
     clear_padding,
@@ -122,8 +122,7 @@ def make_work(sources, form):
     def work(job_at, first, stop):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         num_tokens, num_pairs, out_stride = job[NUM_TOKENS], job[WIDTH] // 2, column_bytes * job[NUM_COLUMNS]
-        x_stride, panel_bytes = 4 * num_pairs, 4 * PANEL * num_pairs
-        to_added = job[RESIDUAL] - job[OUT] if job[RESIDUAL] != 0 else 0
+        x_stride, panel_bytes, to_added = 4 * num_pairs, 4 * PANEL * num_pairs, job[TO_ADDED]
         buffer_ = np.empty((0 if is_packed else num_pairs * 2 * PANEL) + 2 * MOST_TOKENS * PANEL + 32, np.int16)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
         packed = sums + 4 * MOST_TOKENS * PANEL

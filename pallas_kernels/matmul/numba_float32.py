@@ -22,7 +22,7 @@ from pallas_kernels.matmul.panels import (
     NUM_TOKENS,
     NUM_WORDS,
     OUT,
-    RESIDUAL,
+    TO_ADDED,
     WIDTH,
     X,
     clear_padding,
@@ -172,10 +172,9 @@ def make_work(sources, element_bytes, is_transposed):
     @typing.no_type_check
     def work(job_at, first, stop):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
-        x, kernel, num_tokens, width = job[X], job[KERNEL], job[NUM_TOKENS], job[WIDTH]
+        x, kernel, to_added, num_tokens, width = job[X], job[KERNEL], job[TO_ADDED], job[NUM_TOKENS], job[WIDTH]
         x_stride, out_stride, tile_bytes = 4 * width, 4 * job[NUM_COLUMNS], 4 * TILE * width
         row_stride = element_bytes * (width if is_transposed else job[NUM_COLUMNS])
-        to_added = job[RESIDUAL] - job[OUT] if job[RESIDUAL] != 0 else 0
         buffer_ = np.empty(width * PANEL + 16, np.float32)
         packed = (buffer_.ctypes.data + 63) // 64 * 64
         # Rows of the later panel that each tile of tokens fetches, and that number per row of its own loop, in 65536ths.

@@ -7,8 +7,8 @@ import numpy as np
 
 from pallas_kernels.numba_ffi import FRAME_NUM_ARGS, FRAME_SIZE, Describe, array, buffer
 
-X, KERNEL, OUT, RESIDUAL, NUM_TOKENS, NUM_ROWS, WIDTH, NUM_COLUMNS, NUM_WORDS = range(9)
-"""RESIDUAL: address of what is added to the product, laid out as the result; 0 for nothing."""
+X, KERNEL, OUT, TO_ADDED, NUM_TOKENS, NUM_ROWS, WIDTH, NUM_COLUMNS, NUM_WORDS = range(9)
+"""TO_ADDED: bytes from the result to what is added to the product, which is laid out as the result; 0 for nothing."""
 
 
 @typing.no_type_check
@@ -20,8 +20,8 @@ def make_describe(sources, num_columns):
         frame, job = array(frame_at, np.int64, FRAME_SIZE), array(job_at, np.int64, NUM_WORDS + 0 * sources)
         job[X], x_dims = buffer(frame, False, 0)
         job[KERNEL] = buffer(frame, False, 1)[0]
-        job[RESIDUAL] = buffer(frame, False, 3)[0] if frame[FRAME_NUM_ARGS] > 3 else 0
         job[OUT], out_dims = buffer(frame, True, 0)
+        job[TO_ADDED] = buffer(frame, False, 3)[0] - job[OUT] if frame[FRAME_NUM_ARGS] > 3 else 0
         job[WIDTH] = array(x_dims, np.int64, 2)[1]
         job[NUM_ROWS], job[NUM_COLUMNS] = array(out_dims, np.int64, 2)[0], array(out_dims, np.int64, 2)[1]
         job[NUM_TOKENS] = min(array(buffer(frame, False, 2)[0], np.int32, 1)[0], job[NUM_ROWS])

@@ -24,7 +24,7 @@ from experiments.figures import sources_of
 from experiments.record import make_record, write_record
 from nanojax.pipeline import library
 from nanojax.pipeline.ir import Resource
-from nanojax.pipeline.simulate import Shares, Timeline, simulate, utilization_over_time
+from nanojax.pipeline.simulate import Timeline, utilization_over_time
 
 NAME = "fig10_utilization"
 MODEL, NUM_DEVICES, NUM_TOKENS = "llama-2-70b", 8, 2048
@@ -48,10 +48,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     series = {}
     for name in ("sequential", values.pipeline):
         pipeline = library.PIPELINES[name](NUM_TOKENS, False, NUM_DEVICES)
-        timeline = simulate(
-            pipeline, work.duration, layer_timings.INTERFERENCE[values.interference], num_layers=values.num_layers,
-            shares=Shares(values.shares), occupancy=work.occupancy if values.spares_idle else None,
-        )  # fmt: skip
+        timeline = work.timeline(pipeline, values, num_layers=values.num_layers)
         table = _over_time(timeline, work)
         series[f"utilization_{name}"] = table
         metrics[f"layer_time_s_{name}"] = timeline.layer_time_s

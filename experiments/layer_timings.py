@@ -15,9 +15,9 @@ from nanojax.pipeline.interference import (
     RELEASED_TABLES,
     Interference,
 )
-from nanojax.pipeline.ir import NanoBatch, OpKind, Resource
+from nanojax.pipeline.ir import NanoBatch, OpKind, Pipeline, Resource
 from nanojax.pipeline.published_profile import released_profile, table2_profile
-from nanojax.pipeline.simulate import Shares
+from nanojax.pipeline.simulate import Shares, Timeline, simulate
 
 __all__ = ["INTERFERENCE", "PROFILES", "Setting", "define_flags", "define_model_flags", "setting", "setting_of"]
 
@@ -55,6 +55,13 @@ class Setting:
         whole = NanoBatch(0, max(self.shape.num_tokens, nano_batch.stop))
         at_best_s = self.duration(kind, whole) * num_tokens / self.shape.num_tokens_of(kind, whole)
         return min(1.0, at_best_s / alone_s)
+
+    def timeline(self, pipeline: Pipeline, values: flags.FlagValues, *, num_layers: int) -> Timeline:
+        """`pipeline` at work, under what the flags of `define_model_flags` say."""
+        return simulate(
+            pipeline, self.duration, INTERFERENCE[values.interference], num_layers=num_layers,
+            shares=Shares(values.shares), occupancy=self.occupancy if values.spares_idle else None,
+        )  # fmt: skip
 
     def peak_time(self, kind: OpKind, nano_batch: NanoBatch) -> Mapping[Resource, float]:
         """Seconds for which each resource were busy at its published peak."""

@@ -15,7 +15,6 @@ from experiments import layer_timings
 from nanojax.config import PRESETS
 from nanojax.pipeline import library
 from nanojax.pipeline.ir import Pipeline
-from nanojax.pipeline.simulate import Shares, simulate
 
 __all__ = ["Prediction", "named", "predict"]
 
@@ -36,10 +35,7 @@ def predict(
     """`pipeline` on A100s, prompts and outputs of these mean lengths (tokens), as the flags of `layer_timings` say."""
     lengths = {"input_len": input_len, "output_len": output_len}
     work = layer_timings.setting(model_name, num_devices, pipeline.num_tokens, profile=values.profile, **lengths)
-    timeline = simulate(
-        pipeline, work.duration, layer_timings.INTERFERENCE[values.interference], num_layers=NUM_LAYERS,
-        shares=Shares(values.shares), occupancy=work.occupancy if values.spares_idle else None,
-    )  # fmt: skip
+    timeline = work.timeline(pipeline, values, num_layers=NUM_LAYERS)
     step_s = PRESETS[model_name].num_layers * timeline.layer_time_s
     return Prediction(pipeline.num_tokens / step_s / num_devices, timeline.layer_time_s)
 

@@ -1,7 +1,7 @@
 """How long do a layer's operations take in the figures of pipelines?  A model on devices, a batch, and where times come from."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from absl import flags
 
@@ -19,7 +19,9 @@ from nanojax.pipeline.ir import NanoBatch, OpKind, Pipeline, Resource
 from nanojax.pipeline.published_profile import released_profile, table2_profile
 from nanojax.pipeline.simulate import Shares, Timeline, simulate
 
-__all__ = ["INTERFERENCE", "PROFILES", "Setting", "define_flags", "define_model_flags", "setting", "setting_of"]
+__all__ = [
+    "INTERFERENCE", "PROFILES", "Setting", "define_flags", "define_model_flags", "durations_of", "setting", "setting_of",
+]  # fmt: skip
 
 INTERFERENCE: dict[str, Interference] = {
     "paper": PAPER_TABLE_3,
@@ -73,19 +75,24 @@ class Setting:
 def setting(
     model_name: str, num_devices: int, num_tokens: int, *, profile: str, input_len: float, output_len: float
 ) -> Setting:
-    """`model_name` on A100s with a batch of `num_tokens`, prompts and outputs of these mean lengths (tokens).
+    """`model_name` on A100s with a batch of `num_tokens`, prompts and outputs of these mean lengths (tokens)."""
+    model, hardware = PRESETS[model_name], PAPER_TABLE_1["a100-80"]
+    shape = steady_shape(num_tokens, input_len, output_len)
+    duration = durations_of(model_name, num_devices, profile)(shape)
+    return Setting(model, hardware, num_devices, shape, duration)
+
+
+def durations_of(model_name: str, num_devices: int, profile: str) -> Callable[[BatchShape], Duration]:
+    """Seconds of `model_name`'s operations on `num_devices` A100s, for batches of any shape.
 
     The released timings know only one model; others then get Table 2's efficiencies.
     """
     model, hardware = PRESETS[model_name], PAPER_TABLE_1["a100-80"]
-    shape = steady_shape(num_tokens, input_len, output_len)
     if profile == "roofline":
-        duration = roofline_durations(model, hardware, num_devices, shape)
-    elif profile == "released" and (model_name, num_devices) == ("llama-2-70b", 8):
-        duration = released_profile().durations(shape)
-    else:
-        duration = table2_profile(model, hardware, num_devices).durations(shape)
-    return Setting(model, hardware, num_devices, shape, duration)
+        return lambda shape: roofline_durations(model, hardware, num_devices, shape)
+    if profile == "released" and (model_name, num_devices) == ("llama-2-70b", 8):
+        return released_profile().durations
+    return table2_profile(model, hardware, num_devices).durations
 
 
 def setting_of(model_name: str, num_devices: int, num_tokens: int, values: flags.FlagValues) -> Setting:

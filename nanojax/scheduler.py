@@ -101,10 +101,16 @@ def shortest_job(state: SchedulerState) -> Int32[Array, "S"]:
     return state.expected_tokens - state.num_computed
 
 
+def longest_output(state: SchedulerState) -> Int32[Array, "S"]:
+    """Most output left first, by the oracle's lengths: all at once, the last ones end sooner (list scheduling, Graham 1969)."""
+    return state.num_tokens - state.expected_tokens
+
+
 PRIORITIES: dict[str, PriorityFn] = {
     "first_come": first_come,
     "shortest_prompt": shortest_prompt,
     "shortest_job": shortest_job,
+    "longest_output": longest_output,
 }
 
 

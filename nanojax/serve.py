@@ -351,10 +351,13 @@ def _launch_fn(
     return functools.partial(core.step, config, policy, forward, budget)
 
 
+def _output_len(request: Request) -> int:
+    return request.expected_output_len or request.sampling.max_tokens
+
+
 _QUEUE_KEYS: dict[scheduler.PriorityFn, Callable[[Request], int]] = {
     scheduler.shortest_prompt: lambda request: len(request.prompt_ids),
-    scheduler.shortest_job: lambda request: (
-        len(request.prompt_ids) + (request.expected_output_len or request.sampling.max_tokens)
-    ),
+    scheduler.shortest_job: lambda request: len(request.prompt_ids) + _output_len(request),
+    scheduler.longest_output: lambda request: -_output_len(request),
 }
 """The host's queue of requests that have no slot yet is in the order of the device's."""

@@ -69,6 +69,7 @@ VARIANTS = {
     "past future": (TIGHT, {"policy": tiny.policy("past_future")}),
     "reserve": (TIGHT, {"policy": tiny.policy("reserve_max")}),
     "oracle, shortest job": (TIGHT, {"policy": tiny.policy("oracle", priority="shortest_job")}),
+    "tight pages, longest output first": (TIGHT, {"policy": tiny.policy(priority="longest_output")}),
     "static batches": (tiny.ENGINE, {"policy": tiny.policy(batching="static")}),
     "few slots": (dataclasses.replace(tiny.ENGINE, num_slots=2), {}),
     "reference attention": (tiny.ENGINE, {"attention": "reference"}),

@@ -56,6 +56,7 @@ CASES = {
     "tight pages, host waits": (TIGHT, {"driver": Driver.HOST_SYNC}),
     "shortest prompt, prefill first": (TIGHT, {"policy": tiny.policy("greedy", "shortest_prompt", "prefill_first")}),
     "oracle, shortest job": (TIGHT, {"policy": tiny.policy("oracle", "shortest_job")}),
+    "tight pages, longest output": (TIGHT, {"policy": tiny.policy("greedy", "longest_output")}),
     "peak memory": (TIGHT, {"policy": tiny.policy("peak_memory")}),
     "past future": (TIGHT, {"policy": tiny.policy("past_future")}),
     "reserve": (TIGHT, {"policy": tiny.policy("reserve_max")}),

@@ -99,7 +99,7 @@ def soak(policy, key, state, first_id):
 POLICIES = {
     "greedy": tiny.policy("greedy"),
     "greedy, prefill first": tiny.policy("greedy", phase_order="prefill_first", priority="shortest_prompt"),
-    "peak memory": tiny.policy("peak_memory"),
+    "peak memory, longest output": tiny.policy("peak_memory", "longest_output"),
     "past future": tiny.policy("past_future"),
 }
 

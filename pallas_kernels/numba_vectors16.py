@@ -108,8 +108,33 @@ def split_row(typing_context, source, target, num_vectors, part, num_parts):
 
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def softmax_row(typing_context, scores, num_keys, num_vectors, weights, part, num_parts):
-    """exp(score - highest) of the first `num_keys` (at least 1) scores, zero after them; returns their float32 sum.
+def scale_row(typing_context, source, factor, target, num_vectors, out_bytes):
+    """16 * `num_vectors` values of float32 times `factor`, in float32 or, if `out_bytes` (a constant) is 2, bfloat16."""
+    size = out_bytes
+    if not isinstance(size, numba.types.IntegerLiteral):
+        return None
+
+    def generate(context, builder, signature, arguments):
+        b = builder
+        source, factor, target, num_vectors = arguments[:4]
+        factors = splat(b, factor, FLOATS)
+        with numba.core.cgutils.for_range(b, num_vectors) as loop:
+            offset = b.mul(loop.index, INT64(4 * WIDTH))
+            value = b.fmul(load(b, source, offset), factors)
+            if size.literal_value == 2:
+                store_rounded(b, value, target, b.mul(loop.index, INT64(2 * WIDTH)))
+            else:
+                b.store(value, address(b, target, offset, FLOATS), align=4)
+        return context.get_dummy_value()
+
+    one = numba.types.int64
+    return numba.types.void(one, numba.types.float32, one, one, size), generate
+
+
+@numba.extending.intrinsic(prefer_literal=True)
+@typing.no_type_check
+def softmax_row(typing_context, scores, num_keys, num_vectors, scale, weights, part, num_parts):
+    """exp(scale (score - highest)) of the first `num_keys` (at least 1) scores, zero after them; returns their float32 sum.
 
     16 * `num_vectors` weights are written, as `split_row` does; addresses are int64.
     """
@@ -119,7 +144,8 @@ def softmax_row(typing_context, scores, num_keys, num_vectors, weights, part, nu
 
     def generate(context, builder, signature, arguments):
         b = builder
-        scores, num_keys, num_vectors, weights, part = arguments[:5]
+        scores, num_keys, num_vectors, scale, weights, part = arguments[:6]
+        scales = splat(b, scale, FLOATS)
         peaks, sums = (numba.core.cgutils.alloca_once(b, FLOATS) for _ in range(2))
         b.store(constant("-inf"), peaks)
         b.store(constant(0), sums)
@@ -131,7 +157,7 @@ def softmax_row(typing_context, scores, num_keys, num_vectors, weights, part, nu
             return load(b, scores, b.mul(index, INT64(4 * WIDTH)))
 
         def weigh(index, peak, mask=None):
-            value = exp(b, b.fsub(scores_of(index), peak), is_negative=True)
+            value = exp(b, b.fmul(b.fsub(scores_of(index), peak), scales), is_negative=True)
             value = value if mask is None else b.select(mask, value, constant(0))
             b.store(b.fadd(b.load(sums), value), sums)
             store_parts(b, value, weights, b.mul(index, INT64(2 * WIDTH)), part, count.literal_value)
@@ -154,4 +180,5 @@ def softmax_row(typing_context, scores, num_keys, num_vectors, weights, part, nu
             store_parts(b, constant(0), weights, b.mul(index, INT64(2 * WIDTH)), part, count.literal_value)
         return call(b, "vector.reduce.fadd", FLOAT(0.0), b.load(sums), returns=FLOAT)
 
-    return numba.types.float32(*(numba.types.int64,) * 5, count), generate
+    one = numba.types.int64
+    return numba.types.float32(one, one, one, numba.types.float32, one, one, count), generate

@@ -319,13 +319,14 @@ def test_an_empty_tile_is_refused(field):
 @pytest.mark.parametrize("convert", [dict, as_bits])
 def test_none_is_numba_where_it_can_run(convert):
     args = convert(tiny_args(tiny(BATCHES["decode then prefill"])))
+    assert numba_calls(args) == 1
     np.testing.assert_array_equal(attend(args, None), attend(args, "numba"))
 
 
 def numba_calls(args: dict) -> int:
     """Calls of numba's code in the program that None makes of `args`."""
     call = jax.jit(lambda args: api.paged_attention(layer=LAYER, **args))
-    return call.lower(args).as_text().count("paged_decode")
+    return call.lower(args).as_text().count("custom_call @paged_attention_")
 
 
 def test_none_is_xla_where_numba_cannot_read_the_pages():

@@ -30,7 +30,7 @@ from pallas_kernels.numba_ffi import (
     register,
 )
 from pallas_kernels.paged_attention import numba_chunks, numba_vectors
-from pallas_kernels.paged_attention.numba_chunks import BLOCK, attend
+from pallas_kernels.paged_attention.numba_chunks import BLOCK, make_attend
 from pallas_kernels.paged_attention.numba_vectors import MAX_SUMS, add_values, exponentiate, scores
 
 ROWS_PER_TURN = 1
@@ -48,7 +48,7 @@ def paged_attention(
     *,
     sm_scale: float,
 ) -> Float[Array, "T H h"]:
-    """Attention as `api.paged_attention` defines it; products and sums in float32.
+    """Attention as `api.paged_attention` defines it; products and sums in float32 (chunks of bfloat16: weights of 16 bits).
 
     Pages of uint16 or float32, for a CPU.  Where the matrix unit (AMX) takes the pages, it does chunks (`numba_chunks`).
     Else every token is a row of its own to the kernel: a token of a chunk reads the chunk's pages again, out of
@@ -63,33 +63,34 @@ def paged_attention(
     is_in_chunk = cu_q_lens[row + 1] - cu_q_lens[row] >= numba_chunks.MIN_CHUNK
     page_size = k_pages.shape[3]
     has_unit = cpu_has_amx() and numba_chunks.why_not(k_pages.dtype.name, head_dim, page_size) is None
-    target = _target(k_pages.dtype.name, head_dim, num_heads // k_pages.shape[2], has_unit)
-    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(q.shape, jnp.float32))
-    query = q.astype(jnp.float32) * jnp.float32(sm_scale)
+    query = q if q.dtype == jnp.bfloat16 else q.astype(jnp.float32)
+    target = _target(k_pages.dtype.name, query.dtype.name, head_dim, num_heads // k_pages.shape[2], has_unit)
+    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(query.shape, query.dtype))
     rows = jnp.stack([num_visible, row, is_in_chunk.astype(jnp.int32)])
-    out = call(query, k_pages, v_pages, rows, page_indices, layer=np.int64(layer))
+    out = call(query, k_pages, v_pages, rows, page_indices, layer=np.int64(layer), scale=np.float64(sm_scale))
     return out.astype(q.dtype)
 
 
 @functools.cache
-def _target(dtype: str, head_dim: int, group: int, has_unit: bool) -> str:
-    """Compiles the handler for pages of a dtype, `group` query heads for each KV head; returns its name for XLA.
+def _target(dtype: str, query_dtype: str, head_dim: int, group: int, has_unit: bool) -> str:
+    """Compiles the handler for pages and queries of these dtypes, `group` query heads for each KV head; returns its name for XLA.
 
     has_unit: chunks are for the matrix unit.
     """
-    name = f"paged_attention_{dtype}_h{head_dim}_g{group}{'_amx' if has_unit else ''}"
+    name = f"paged_attention_{dtype}_of_{query_dtype}_h{head_dim}_g{group}{'_amx' if has_unit else ''}"
     modules = numba_vectors, numba_chunks, numba_amx, numba_bfloat16, numba_float32, packed, numba_vectors16
     sources = fingerprint(__file__, *(module.__file__ for module in modules))
-    work = _make_work(np.dtype(dtype).itemsize, head_dim, group, has_unit, sources)
+    itemsizes = np.dtype(dtype).itemsize, jnp.dtype(query_dtype).itemsize
+    work = _make_work(*itemsizes, head_dim, group, has_unit, sources)
     register(name, _make_describe(has_unit, sources), work, num_words=NUM_WORDS, items_per_turn=ROWS_PER_TURN)
     return name
 
 
 # Words of a job: addresses of the data, then sizes.
 (
-    Q, K_PAGES, V_PAGES, ROWS, TABLE, OUT, NUM_TOKENS, TABLE_WIDTH, NUM_PAGES, NUM_KV_HEADS, PAGE_SIZE, LAYER, NUM_BLOCKS,
-    NUM_WORDS,
-) = range(14)  # fmt: skip
+    Q, K_PAGES, V_PAGES, ROWS, TABLE, OUT, NUM_TOKENS, TABLE_WIDTH, NUM_PAGES, NUM_KV_HEADS, PAGE_SIZE, LAYER, SCALE,
+    NUM_BLOCKS, NUM_WORDS,
+) = range(15)  # fmt: skip
 
 
 @typing.no_type_check
@@ -105,7 +106,7 @@ def _make_describe(has_unit, sources):
         cache_dims = array(buffer(frame, False, 1)[1], np.int64, 5)
         job[NUM_PAGES], job[NUM_KV_HEADS], job[PAGE_SIZE] = cache_dims[1], cache_dims[2], cache_dims[3]
         job[TABLE_WIDTH] = array(buffer(frame, False, 4)[1], np.int64, 2)[1]
-        job[LAYER] = attribute(frame, 0)
+        job[LAYER], job[SCALE] = attribute(frame, 0), attribute(frame, 1)  # SCALE: a float64's bits
         job[NUM_TOKENS] = array(out_dims, np.int64, 3)[0]
         num_blocks = (job[NUM_TOKENS] + BLOCK - 1) // BLOCK if has_unit else 0
         job[NUM_BLOCKS] = num_blocks * job[NUM_KV_HEADS]
@@ -114,10 +115,41 @@ def _make_describe(has_unit, sources):
     return describe
 
 
+@numba.njit(forceinline=True)
 @typing.no_type_check
-def _make_work(itemsize, head_dim, group, has_unit, sources):
-    """The work: `itemsize`, `head_dim` and `group` are constants to the compiler, all other sizes come with the call."""
+def _read(source, itemsize, values):
+    """Elements of bfloat16 (2 bytes) or float32 (4) at an address, as float32."""
+    if itemsize == 4:
+        floats = array(source, np.float32, values.size)
+        for i in range(values.size):
+            values[i] = floats[i]
+    else:
+        bits, wide = array(source, np.uint16, values.size), values.view(np.uint32)
+        for i in range(values.size):
+            wide[i] = np.uint32(bits[i]) << np.uint32(16)
+
+
+@numba.njit(forceinline=True)
+@typing.no_type_check
+def _write(values, target, itemsize):
+    """Values of float32 to an address, as elements of bfloat16 (2 bytes), rounded to the nearest even, or float32 (4)."""
+    if itemsize == 4:
+        floats = array(target, np.float32, values.size)
+        for i in range(values.size):
+            floats[i] = values[i]
+    else:
+        bits, wide = array(target, np.uint16, values.size), values.view(np.uint32)
+        for i in range(values.size):
+            half = np.uint32(0x7FFF) + ((wide[i] >> np.uint32(16)) & np.uint32(1))
+            bits[i] = (wide[i] + half) >> np.uint32(16)
+
+
+@typing.no_type_check
+def _make_work(itemsize, query_itemsize, head_dim, group, has_unit, sources):
+    """The work: bytes per element of pages and of queries, `head_dim` and `group` are constants, other sizes come with the call."""
     num_keys = min(4, math.gcd(head_dim, LANES), 1 << (max(1, MAX_SUMS // group).bit_length() - 1))  # a power of 2
+
+    attend = make_attend(query_itemsize)
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
     def work(job_at, first, stop):
@@ -131,7 +163,9 @@ def _make_work(itemsize, head_dim, group, has_unit, sources):
         num_heads = num_kv_heads * group
         token_size = head_dim * itemsize  # bytes of one KV head of a token
         block = page_size * token_size  # of one KV head in a page
-        per_head = 4 * group * head_dim  # bytes of the queries, or of the sums, of one KV head
+        per_head = 4 * group * head_dim  # bytes of the sums of one KV head, in float32
+        token_bytes = query_itemsize * num_heads * head_dim  # of a token's queries, and of its result
+        scale = np.float32(array(job_at + 8 * SCALE, np.float64, 1)[0])
         if has_unit:
             page_bytes = num_kv_heads * block
             for item in range(first, min(stop, job[NUM_BLOCKS])):
@@ -144,9 +178,9 @@ def _make_work(itemsize, head_dim, group, has_unit, sources):
                         later += 1
                     if is_in_chunk[token] and kv_lens[token] > 0:
                         pages = array(job[TABLE] + 4 * width * row_of[token], np.int32, width)
-                        shift = (token * num_kv_heads + k) * per_head
-                        attend(pages, k_data + place, v_data + place, page_bytes, page_size, head_dim, group, q_data + shift,
-                               out_data + shift, num_kv_heads * per_head, later - token, np.int64(kv_lens[token]))  # fmt: skip
+                        shift = token * token_bytes + k * query_itemsize * group * head_dim
+                        attend(pages, k_data + place, v_data + place, page_bytes, page_size, head_dim, group, scale,
+                               q_data + shift, out_data + shift, token_bytes, later - token, np.int64(kv_lens[token]))  # fmt: skip
                     token = later
         first, stop = max(first - job[NUM_BLOCKS], 0), stop - job[NUM_BLOCKS]
         stride = np.int64(1)  # tokens of the longest row
@@ -154,16 +188,21 @@ def _make_work(itemsize, head_dim, group, has_unit, sources):
             stride = max(stride, np.int64(kv_lens[row]))
         weights = np.empty(num_heads * stride, np.float32)
         totals = np.empty(num_heads, np.float32)
+        queries = np.empty(num_heads * head_dim, np.float32)
+        sums = np.empty(num_heads * head_dim, np.float32)
         for row in range(first, stop):
             if has_unit and is_in_chunk[row] and kv_lens[row] > 0:
                 continue
             table = array(job[TABLE] + 4 * width * row_of[row], np.int32, width)
-            acc = array(out_data + row * num_kv_heads * per_head, np.float32, num_heads * head_dim)
+            result, kv_len = out_data + row * token_bytes, np.int64(kv_lens[row])
             for i in range(num_heads * head_dim):
-                acc[i] = 0
-            kv_len = np.int64(kv_lens[row])
+                sums[i] = 0
             if kv_len == 0:
+                _write(sums, result, query_itemsize)
                 continue
+            _read(q_data + row * token_bytes, query_itemsize, queries)
+            for i in range(num_heads * head_dim):
+                queries[i] *= scale
             num_used = (kv_len + page_size - 1) // page_size
             for j in range(num_used):
                 num_tokens = min(page_size, kv_len - j * page_size)
@@ -172,7 +211,7 @@ def _make_work(itemsize, head_dim, group, has_unit, sources):
                 if j + 1 < num_used:
                     coming = k_data + (layer_page + table[j + 1]) * num_kv_heads * block
                 for k in range(num_kv_heads):
-                    query = q_data + (row * num_kv_heads + k) * per_head
+                    query = queries.ctypes.data + k * per_head
                     out = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
                     for s in range(0, num_tokens - num_keys + 1, num_keys):
                         place = k * block + s * token_size
@@ -190,11 +229,11 @@ def _make_work(itemsize, head_dim, group, has_unit, sources):
                 coming = v_data + (layer_page + table[min(j + 1, num_used - 1)]) * num_kv_heads * block
                 for k in range(num_kv_heads):
                     of_page = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
-                    sums = out_data + (row * num_kv_heads + k) * per_head
-                    values = v_data + page + k * block
-                    add_values(of_page, stride, values, num_tokens, coming + k * block, sums, itemsize, head_dim, group)
+                    values, to = v_data + page + k * block, sums.ctypes.data + k * per_head
+                    add_values(of_page, stride, values, num_tokens, coming + k * block, to, itemsize, head_dim, group)
             for m in range(num_heads):
                 for d in range(head_dim):
-                    acc[m * head_dim + d] /= totals[m]
+                    sums[m * head_dim + d] /= totals[m]
+            _write(sums, result, query_itemsize)
 
     return work

@@ -147,7 +147,7 @@ def _first_max(logits: Float[Array, "R V"]) -> tuple[Float[Array, "R"], Int32[Ar
     """Each row's maximum and its first place: in one pass over blocks of the vocabulary, then inside of one block."""
     num_rows, vocab = logits.shape
     blocks = logits.reshape(num_rows, -1, math.gcd(vocab, _BLOCK))
-    tops = jnp.max(blocks, axis=-1)
+    tops = jax.lax.optimization_barrier(jnp.max(blocks, axis=-1))  # else XLA reads all logits again for `top`
     top = jnp.max(tops, axis=-1)
     block = _first_index(tops == top[:, None])
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]

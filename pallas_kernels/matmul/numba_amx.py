@@ -96,14 +96,15 @@ def configure(at, num_rows):
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
 def tiles(
-    typing_context, left, left_stride, panel, num_steps, out, out_stride, added, later, num_blocks, num_lines, num_parts,
-    part,
+    typing_context, left, left_stride, panel, num_steps, out, out_stride, added, is_far, later, num_blocks, num_lines,
+    num_parts, part,
 ):  # fmt: skip
     """Sums of `num_blocks` (1 or 2) blocks of rows with one packed panel, 32 products at a time.
 
     left, out: addresses of the blocks.
     added: addresses of what is added to their sums, laid out as the result, or zeros.
-    later: in each step `num_lines` lines of 64 bytes from there on are brought near, and the panel nearer, unless it is 0.
+    is_far: the panel is in no first cache: each step brings what the next one reads.
+    later: in each step the next `num_lines` lines of 64 bytes from there on are brought near.
     num_parts: a left operand is the sum of so many, which lie `part` bytes apart.
     """
     constants = num_blocks, num_parts
@@ -112,7 +113,7 @@ def tiles(
 
     def generate(context, builder, signature, arguments):
         b = builder
-        left, left_stride, panel, num_steps, out, out_stride, added, later, _, num_lines, _, part = arguments
+        left, left_stride, panel, num_steps, out, out_stride, added, is_far, later, _, num_lines, _, part = arguments
         count, parts = (number.literal_value for number in constants)
         lefts, outs, first_sums = (numba.core.cgutils.unpack_tuple(b, pair) for pair in (left, out, added))
         blocks = range(count)
@@ -129,7 +130,7 @@ def tiles(
             for half in range(2):
                 place = b.inttoptr(b.add(panel, b.add(row, INT64(64 * half))), BYTES)
                 _emit(b, "tileloadd64", RIGHT[half], place, INT64(4 * PANEL))
-            with b.if_then(b.icmp_signed(">", num_lines, INT64(0))):
+            with b.if_then(b.icmp_signed("!=", is_far, INT64(0))):
                 for line in range(2 * ROWS):
                     fetch_line(b, b.add(panel, b.add(row, INT64((2 * ROWS + line) * 64))), NEARER)
             first = b.add(later, b.mul(loop.index, b.mul(num_lines, INT64(64))))
@@ -147,14 +148,14 @@ def tiles(
         return context.get_dummy_value()
 
     one, pair = numba.types.int64, numba.types.UniTuple(numba.types.int64, 2)
-    return numba.types.void(pair, one, one, one, pair, one, pair, one, num_blocks, one, num_parts, one), generate
+    return numba.types.void(pair, one, one, one, pair, one, pair, one, one, num_blocks, one, num_parts, one), generate
 
 
 @typing.no_type_check
 def make_work(sources, form):
     """The work on a kernel in a form ("plain", "packed", "gated"; see `packed.py`): for each panel, runs all tokens through it."""
     is_packed, is_gated = form != "plain", form == "gated"
-    all_lines = PANEL if is_packed else 0  # that a step has to bring near, so that a pass brings a panel
+    lines_of_step = PANEL if is_packed else 0  # of a panel
     panel_out_bytes, column_bytes = (2 * GATED_COLUMNS, 2) if is_gated else (4 * PANEL, 4)
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
@@ -165,6 +166,8 @@ def make_work(sources, form):
         to_added = job[TO_ADDED]
         x_stride, out_stride, panel_bytes = 2 * width, column_bytes * job[NUM_COLUMNS], 2 * PANEL * width
         num_steps, rows = width // DEPTH, min(num_rows, ROWS)
+        num_passes = max(-(-num_tokens // (2 * ROWS)), 1)
+        lines = -(-lines_of_step // num_passes)  # that each step brings near, so that all passes together bring a panel
         buffer_ = np.empty((0 if is_packed else width * PANEL) + 4 * ROWS * PANEL + 32, np.int16)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
         packed = sums + 2 * 4 * ROWS * PANEL
@@ -182,13 +185,16 @@ def make_work(sources, form):
                 lefts, outs = (x + x_stride * one, x + x_stride * two), (out + out_stride * one, out + out_stride * two)
                 targets, stride = ((sums, sums + 4 * ROWS * PANEL), 4 * PANEL) if is_gated else (outs, out_stride)
                 added = (outs[0] + to_added, outs[1] + to_added) if to_added != 0 else (0, 0)
-                later, lines = packed + AHEAD * panel_bytes, all_lines
-                if num_tokens > 2 * ROWS:  # a half of the panel in each of the first two passes
-                    later, lines = later + panel_bytes // 2 * min(token, 1), all_lines // 2
+                is_far = np.int64(is_packed and token == 0)
+                later = (
+                    packed
+                    + (2 * AHEAD if is_gated else AHEAD) * panel_bytes
+                    + token // (2 * ROWS) * 64 * lines * num_steps
+                )
                 if has_two:
-                    tiles(lefts, x_stride, packed, num_steps, targets, stride, added, later, 2, lines, 1, 0)
+                    tiles(lefts, x_stride, packed, num_steps, targets, stride, added, is_far, later, 2, lines, 1, 0)
                 else:
-                    tiles(lefts, x_stride, packed, num_steps, targets, stride, added, later, 1, lines, 1, 0)
+                    tiles(lefts, x_stride, packed, num_steps, targets, stride, added, is_far, later, 1, lines, 1, 0)
                 if is_gated:
                     gate_rows(targets[0], rows, outs[0], out_stride)
                     if has_two:
@@ -216,7 +222,8 @@ def make_transposed_work(sources):
     def work(job_at, first, stop):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         num_tokens, num_rows, width = job[NUM_TOKENS], job[NUM_ROWS], job[WIDTH]
-        row_bytes, out_stride = 2 * width, 4 * job[NUM_COLUMNS]
+        row_bytes, out_stride, num_steps = 2 * width, 4 * job[NUM_COLUMNS], width // DEPTH
+        lines = -(-PANEL // max(-(-num_tokens // PANEL), 1))  # that each step brings near, as in `make_work`
         buffer_ = np.empty(2 * PANEL * PANEL + 16, np.float32)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
         turned = sums + 4 * PANEL * PANEL
@@ -224,10 +231,10 @@ def make_transposed_work(sources):
         for panel in range(first, stop):
             kernel, out = job[KERNEL] + PANEL * row_bytes * panel, job[OUT] + 4 * PANEL * panel
             for token in range(0, num_tokens, PANEL):
-                later = kernel + AHEAD * PANEL * row_bytes
+                later = kernel + AHEAD * PANEL * row_bytes + token // PANEL * 64 * lines * num_steps
                 lefts, outs = (kernel, kernel + ROWS * row_bytes), (sums, sums + 4 * PANEL * ROWS)
                 tokens = job[X] + token * row_bytes
-                tiles(lefts, row_bytes, tokens, width // DEPTH, outs, 4 * PANEL, (0, 0), later, 2, 32, 1, 0)
+                tiles(lefts, row_bytes, tokens, num_steps, outs, 4 * PANEL, (0, 0), 0, later, 2, lines, 1, 0)
                 for column in range(0, PANEL, ROWS):
                     for row in range(0, PANEL, ROWS):
                         place = turned + 4 * (PANEL * row + column)

@@ -60,9 +60,9 @@ def _product(left, left_stride, num_parts, part, panel, num_steps, out, out_stri
     """Up to 32 rows, as sums of `num_parts` (a constant) numbers `part` bytes apart, times a panel of 32 columns."""
     lefts, outs = (left, left + ROWS * left_stride), (out, out + ROWS * out_stride)
     if num_rows > ROWS:
-        tiles(lefts, left_stride, panel, num_steps, outs, out_stride, (0, 0), panel, 2, 0, num_parts, part)
+        tiles(lefts, left_stride, panel, num_steps, outs, out_stride, (0, 0), 0, panel, 2, 0, num_parts, part)
     else:
-        tiles(lefts, left_stride, panel, num_steps, outs, out_stride, (0, 0), panel, 1, 0, num_parts, part)
+        tiles(lefts, left_stride, panel, num_steps, outs, out_stride, (0, 0), 0, panel, 1, 0, num_parts, part)
 
 
 @numba.njit(error_model="numpy", forceinline=True)

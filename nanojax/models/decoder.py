@@ -95,11 +95,10 @@ class DecoderLayer(nnx.Module):
         """Norm, joint projection, optional query/key norm (Qwen3), rotation of queries and keys."""
         y = self.qkv(self.attn_norm(x, extent.num_tokens, operand_dtype(self.qkv.kernel[...])), extent)
         t, num_kv_heads, width, head_dim = y.shape
-        q_and_k, v = y[:, :, :-1], y[:, :, -1]
+        q, k, v = y[:, :, :-2], y[:, :, -2:-1], y[:, :, -1]
         if hasattr(self, "q_norm"):
-            q_and_k = jnp.concatenate([self.q_norm(q_and_k[:, :, :-1]), self.k_norm(q_and_k[:, :, -1:])], axis=2)
-        q_and_k = rotate(q_and_k, rope)
-        return q_and_k[:, :, :-1].reshape(t, num_kv_heads * (width - 2), head_dim), q_and_k[:, :, -1], v
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, rope).reshape(t, num_kv_heads * (width - 2), head_dim), rotate(k, rope)[:, :, 0], v
 
     def project_out(
         self, x: Float[Array, "t D"], attended: Float[Array, "t H h"], extent: Extent = WHOLE

@@ -20,6 +20,9 @@ from nanojax.models.moe import MixtureOfExperts, Routes
 from pallas_kernels.device import platform
 from pallas_kernels.matmul import matmul, operand_dtype, pack
 
+Rope = tuple[Float[Array, "t h2"], Float[Array, "t h2"]]
+"""Cosine and sine of each token's rotation, float32."""
+
 
 class FeedForward(nnx.Module):
     """SwiGLU: `down(silu(gate x) * (up x))`."""
@@ -90,7 +93,7 @@ class DecoderLayer(nnx.Module):
         self.ffn = (MixtureOfExperts if config.num_experts else FeedForward)(config, dtype, rngs)
 
     def project_qkv(
-        self, x: Float[Array, "t D"], rope: Float[Array, "2 t h2"], extent: Extent = WHOLE
+        self, x: Float[Array, "t D"], rope: Rope, extent: Extent = WHOLE
     ) -> tuple[Float[Array, "t H h"], Float[Array, "t K h"], Float[Array, "t K h"]]:
         """Norm, joint projection, optional query/key norm (Qwen3), rotation of queries and keys."""
         y = self.qkv(self.attn_norm(x, extent.num_tokens, operand_dtype(self.qkv.kernel[...])), extent)
@@ -153,21 +156,21 @@ class Decoder(nnx.Module):
         return matmul(normed, table, num_tokens=num_rows, is_transposed=True)
 
 
-def rotate(x: Float[Array, "t K n h"], rope: Float[Array, "2 t h2"]) -> Float[Array, "t K n h"]:
+def rotate(x: Float[Array, "t K n h"], rope: Rope) -> Float[Array, "t K n h"]:
     """Rotary embedding, half-split (NeoX) order: dimension i turns with dimension i + h/2."""
-    cos, sin = rope[0][:, None, None], rope[1][:, None, None]
+    cos, sin = (part[:, None, None] for part in rope)
     x1, x2 = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
-def rope_angles(config: ModelConfig, positions: Int32[Array, "t"]) -> Float[Array, "2 t h2"]:
-    """Cosine and sine of each token's rotation, float32; computed once per step, used by every layer."""
+def rope_angles(config: ModelConfig, positions: Int32[Array, "t"]) -> Rope:
+    """Each token's rotation; computed once per step, used by every layer."""
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequency = jnp.float32(config.rope_theta) ** -exponent
     if config.rope_scaling is not None:
         frequency = _scale_frequency(frequency, config.rope_scaling)
     angle = positions.astype(jnp.float32)[:, None] * frequency[None, :]
-    return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def _scale_frequency(frequency: Float[Array, "h2"], scaling: RopeScaling) -> Float[Array, "h2"]:

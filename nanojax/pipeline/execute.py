@@ -139,7 +139,7 @@ def forward_per_budget(
 
 
 def _run_in_order(
-    model: decoder.Decoder, x: Array, rope: Array, kv: KVPages, batch: RaggedBatch, attention: str | None
+    model: decoder.Decoder, x: Array, rope: decoder.Rope, kv: KVPages, batch: RaggedBatch, attention: str | None
 ) -> tuple[Array, KVPages]:
     """The residual stream after the last layer, and the cache."""
     offset, extent = batch.positions % kv.k.shape[3], Extent(batch.cu_q_lens[-1])

@@ -17,7 +17,7 @@ from nanojax import kv_cache
 from nanojax.array_types import Array, Bool, Float, Int32
 from nanojax.batch import RaggedBatch
 from nanojax.kv_cache import KVPages
-from nanojax.models.decoder import DecoderLayer, FeedForward
+from nanojax.models.decoder import DecoderLayer, FeedForward, Rope
 from nanojax.models.layers import Extent
 from nanojax.pipeline import streams
 from nanojax.pipeline.dependencies import waits_for_decode
@@ -48,7 +48,7 @@ class Network:
 
 
 def run_layers(
-    layers: Sequence[DecoderLayer], x: Float[Array, "T D"], rope: Float[Array, "2 T h2"], kv: KVPages, batch: RaggedBatch,
+    layers: Sequence[DecoderLayer], x: Float[Array, "T D"], rope: Rope, kv: KVPages, batch: RaggedBatch,
     pipeline: Pipeline, *, network: Network | None = None, attention: str | None = None, use_streams: bool = False,
     room: Room | None = None,
 ) -> tuple[Float[Array, "T D"], KVPages]:  # fmt: skip
@@ -145,7 +145,7 @@ class _Loop:
     """
 
     layers: Sequence[DecoderLayer]
-    rope: Float[Array, "2 T h2"]
+    rope: Rope
     kv: KVPages
     pipeline: Pipeline
     network: Network
@@ -226,9 +226,10 @@ class _Loop:
     def _project_qkv(self, node: Node, layer: int, tokens: NanoBatch, extent: Extent) -> Any:
         """Queries, keys and values; a stream gives them as one array."""
 
+        cos, sin = (part[tokens.start : tokens.stop] for part in self.rope)  # outside, once for all layers
+
         def project() -> Any:
-            x, rope = self.pieces.get(INPUT, layer, tokens), self.rope[:, tokens.start : tokens.stop]
-            results = self.layers[layer].project_qkv(x, rope, extent)
+            results = self.layers[layer].project_qkv(self.pieces.get(INPUT, layer, tokens), (cos, sin), extent)
             results = tuple(result.astype(self.kv.value_dtype) for result in results)
             return jnp.concatenate(results, axis=1) if self.use_streams else results
 

@@ -352,6 +352,7 @@ def _launch_fn(
 
 
 def _output_len(request: Request) -> int:
+    """Tokens that the request will get, as far as anybody knows."""
     return request.expected_output_len or request.sampling.max_tokens
 
 

@@ -74,7 +74,7 @@ def buffer(frame, is_result, index):
 @numba.njit(forceinline=True)
 @typing.no_type_check
 def attribute(frame, index):
-    """The int64 attribute at place `index` of the attributes' names in alphabetical order."""
+    """The 8 bytes, as int64, of the attribute at place `index` of the attributes' names in alphabetical order."""
     scalar = array(array(frame[FRAME_ATTRS], np.int64, index + 1)[index], np.int64, 2)
     return array(scalar[1], np.int64, 1)[0]
 

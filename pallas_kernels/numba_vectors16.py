@@ -136,7 +136,7 @@ def scale_row(typing_context, source, factor, target, num_vectors, out_bytes):
 def softmax_row(typing_context, scores, num_keys, num_vectors, scale, weights, part, num_parts):
     """exp(scale (score - highest)) of the first `num_keys` (at least 1) scores, zero after them; returns their float32 sum.
 
-    16 * `num_vectors` weights are written, as `split_row` does; addresses are int64.
+    16 * `num_vectors` weights are written, as `split_row` does; addresses are int64, `scale` is positive.
     """
     count = num_parts
     if not isinstance(count, numba.types.IntegerLiteral):

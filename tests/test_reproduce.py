@@ -113,4 +113,5 @@ def test_fig08_simulates_the_scheduler(tmp_path):
     record = fig08_online_latency.run(parsed(fig08_online_latency, "--smoke", "--datasets=lmsys", f"--out={tmp_path}"))
     assert record["origin"] == "simulated"
     assert {"published", "simulated", "envelope", "crossings"} <= set(record["series"])
+    assert 0.8e-3 < record["config"]["overlapped_layer_s"]["lmsys"]["768"] < 1.1e-3  # Figure 6's lengths: 0.98 ms
     assert (tmp_path / "fig08_online_latency.png").exists()

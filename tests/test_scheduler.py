@@ -164,6 +164,13 @@ def test_admission_in_two_rounds_is_admission_one_by_one(rule, unchecked):
     assert len(joined) > 12
 
 
+def test_longest_output_counts_what_is_left():
+    state = dataclasses.replace(
+        scheduler.init(3), num_tokens=jnp.array([10, 40, 5]), expected_tokens=jnp.array([30, 42, 34])
+    )
+    assert np.argsort(scheduler.longest_output(state)).tolist() == [2, 0, 1]  # 29, 20 and 2 tokens
+
+
 @functools.cache
 def jitted_order(few):
     def order(rank, priority, arrival):

@@ -39,7 +39,7 @@ from pallas_kernels.numba_vectors16 import INT64
 ROWS = 16
 """Rows of a tile: tokens of a left operand, pairs of rows of a right one."""
 DEPTH = AMX_DEPTH
-AHEAD = 2  # panels: with two threads the next panel of this one is the one after the next
+AHEAD = 2  # turns: with two threads the next turn of this one is the one after the next
 NEAR, NEARER = 2, 3  # the core's second cache, its first
 
 BYTE = llvmlite.ir.IntType(8)
@@ -151,11 +151,20 @@ def tiles(
     return numba.types.void(pair, one, one, one, pair, one, pair, one, one, num_blocks, one, num_parts, one), generate
 
 
+@numba.njit(forceinline=True)
+@typing.no_type_check
+def _coming(panel, num_steps, lines_of_step, index, num_passes):
+    """From where on pass `index` of `num_passes` brings a panel near, and how many lines of each step: a part of all."""
+    lines = -(-lines_of_step // num_passes)
+    return panel + 64 * num_steps * lines * index, max(min(lines, lines_of_step - lines * index), 0)
+
+
 @typing.no_type_check
 def make_work(sources, form):
     """The work on a kernel in a form ("plain", "packed", "gated"; see `packed.py`): for each panel, runs all tokens through it."""
     is_packed, is_gated = form != "plain", form == "gated"
     lines_of_step = PANEL if is_packed else 0  # of a panel
+    panels_ahead = AHEAD * (2 if is_gated else 1)
     panel_out_bytes, column_bytes = (2 * GATED_COLUMNS, 2) if is_gated else (4 * PANEL, 4)
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
@@ -166,8 +175,7 @@ def make_work(sources, form):
         to_added = job[TO_ADDED]
         x_stride, out_stride, panel_bytes = 2 * width, column_bytes * job[NUM_COLUMNS], 2 * PANEL * width
         num_steps, rows = width // DEPTH, min(num_rows, ROWS)
-        num_passes = max(-(-num_tokens // (2 * ROWS)), 1)
-        lines = -(-lines_of_step // num_passes)  # that each step brings near, so that all passes together bring a panel
+        num_passes = -(-num_tokens // (2 * ROWS))
         buffer_ = np.empty((0 if is_packed else width * PANEL) + 4 * ROWS * PANEL + 32, np.int16)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
         packed = sums + 2 * 4 * ROWS * PANEL
@@ -186,11 +194,8 @@ def make_work(sources, form):
                 targets, stride = ((sums, sums + 4 * ROWS * PANEL), 4 * PANEL) if is_gated else (outs, out_stride)
                 added = (outs[0] + to_added, outs[1] + to_added) if to_added != 0 else (0, 0)
                 is_far = np.int64(is_packed and token == 0)
-                later = (
-                    packed
-                    + (2 * AHEAD if is_gated else AHEAD) * panel_bytes
-                    + token // (2 * ROWS) * 64 * lines * num_steps
-                )
+                ahead, index = packed + panels_ahead * panel_bytes, token // (2 * ROWS)
+                later, lines = _coming(ahead, num_steps, lines_of_step, index, num_passes)
                 if has_two:
                     tiles(lefts, x_stride, packed, num_steps, targets, stride, added, is_far, later, 2, lines, 1, 0)
                 else:
@@ -223,7 +228,7 @@ def make_transposed_work(sources):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         num_tokens, num_rows, width = job[NUM_TOKENS], job[NUM_ROWS], job[WIDTH]
         row_bytes, out_stride, num_steps = 2 * width, 4 * job[NUM_COLUMNS], width // DEPTH
-        lines = -(-PANEL // max(-(-num_tokens // PANEL), 1))  # that each step brings near, as in `make_work`
+        num_passes = -(-num_tokens // PANEL)
         buffer_ = np.empty(2 * PANEL * PANEL + 16, np.float32)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
         turned = sums + 4 * PANEL * PANEL
@@ -231,7 +236,8 @@ def make_transposed_work(sources):
         for panel in range(first, stop):
             kernel, out = job[KERNEL] + PANEL * row_bytes * panel, job[OUT] + 4 * PANEL * panel
             for token in range(0, num_tokens, PANEL):
-                later = kernel + AHEAD * PANEL * row_bytes + token // PANEL * 64 * lines * num_steps
+                ahead = kernel + AHEAD * PANEL * row_bytes
+                later, lines = _coming(ahead, num_steps, PANEL, token // PANEL, num_passes)
                 lefts, outs = (kernel, kernel + ROWS * row_bytes), (sums, sums + 4 * PANEL * ROWS)
                 tokens = job[X] + token * row_bytes
                 tiles(lefts, row_bytes, tokens, num_steps, outs, 4 * PANEL, (0, 0), 0, later, 2, lines, 1, 0)

@@ -43,7 +43,7 @@ def paged_attention(
       page_indices: entries beyond `ceil(kv_lens[r] / p)` are ignored; all are in [0, N).
       cu_q_lens: prefix sum of query tokens; tokens from `cu_q_lens[-1]` on are padding.
       num_decode: at most min(R, T).
-      sm_scale: factor on the scores; 1 / sqrt(h) if None.
+      sm_scale: factor on the scores, positive; 1 / sqrt(h) if None.
       implementation: None is the best one for the default platform: "triton" on an NVIDIA GPU where Triton is installed,
         without it "mosaic_gpu" on compute capability 9 for the shapes and dtypes it has kernels for; "numba" on a CPU for
         pages of uint16 or float32 where numba is installed; else "xla".
@@ -54,7 +54,8 @@ def paged_attention(
       Weighted values in the dtype of `q`, accumulated in float32; 0 for padding tokens, anything for rows not wanted.
 
     Raises:
-      ValueError: H is no multiple of K, `layer` is not in [0, L), or `others` are given without `only="prefill"`.
+      ValueError: H is no multiple of K, `layer` is not in [0, L), `sm_scale` is not positive, or `others` are given without
+        `only="prefill"`.
       NotImplementedError: the implementation named does not exist, or cannot run here or on these dtypes.
     """
     num_heads, head_dim = q.shape[1:]
@@ -63,6 +64,8 @@ def paged_attention(
         raise ValueError(f"H={num_heads} query heads are no multiple of K={num_kv_heads} KV heads")
     if not 0 <= layer < num_layers:
         raise ValueError(f"layer={layer} is not in [0, {num_layers})")
+    if sm_scale is not None and not sm_scale > 0:
+        raise ValueError(f"sm_scale={sm_scale} must be positive")
     if others is not None and only != "prefill":
         raise ValueError(f"others are the decode rows of only='prefill', not of only={only!r}")
     if implementation is None:

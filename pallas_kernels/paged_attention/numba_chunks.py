@@ -22,7 +22,7 @@ BLOCK = 128
 MIN_CHUNK = 2
 """Tokens of a row from which on it is worth the packing."""
 QUERY_PARTS, WEIGHT_PARTS = {2: 1, 4: 3}, {2: 2, 4: 3}
-"""Numbers in bfloat16 that add up to a query's element and to a weight, by the bytes of the former; results are as exact."""
+"""Numbers in bfloat16 that add up to a query's element, and to a weight, by the bytes of a query's element."""
 
 
 def why_not(dtype: str, head_dim: int, page_size: int) -> str | None:
@@ -74,77 +74,64 @@ def _copy(source, target, num_words):
         copies[i] = values[i]
 
 
+@numba.njit(error_model="numpy")
 @typing.no_type_check
-def make_attend(itemsize):
-    """The attention of queries that have so many bytes: 2, bfloat16, or 4, float32."""
-    query_parts, weight_parts = QUERY_PARTS[itemsize], WEIGHT_PARTS[itemsize]
+def attend(
+    table, k_data, v_data, page_bytes, page_size, head_dim, group, scale, queries, out, token_bytes, num_tokens, num_visible,
+    itemsize, query_parts, weight_parts,
+):  # fmt: skip
+    """`num_tokens` tokens, of which the first sees `num_visible` keys and each one more than the one before.
 
-    @numba.njit(error_model="numpy")
-    @typing.no_type_check
-    def attend(
-        table, k_data, v_data, page_bytes, page_size, head_dim, group, scale, queries, out, token_bytes, num_tokens, num_visible
-    ):  # fmt: skip
-        """`num_tokens` tokens, of which the first sees `num_visible` keys and each one more than the one before.
-
-        table: pages of the sequence; `page_bytes` of each, in which page 0 has the KV head at `k_data` and `v_data`.
-        scale: factor on the scores, float32.
-        queries, out: addresses of the first token's first of the `group` heads, `token_bytes` from token to token.
-        """
-        num_keys = num_visible + num_tokens - 1
-        num_panels = (num_keys + PANEL - 1) // PANEL
-        packed_bytes = num_panels * 2 * PANEL * head_dim
-        score_stride, weight_stride = 4 * (num_panels * PANEL + WIDTH), 2 * PANEL * (num_panels + 1)  # whole lines
-        query_bytes, weight_bytes = 2 * ROWS * 2 * head_dim, 2 * ROWS * weight_stride  # of a part
-        sizes = 2 * packed_bytes + query_parts * query_bytes + weight_parts * weight_bytes + 2 * ROWS * score_stride
-        buffer_ = np.empty(sizes + 2 * ROWS * 4 * head_dim + 4 * head_dim + 64, np.uint8)
-        keys = (buffer_.ctypes.data + 63) // 64 * 64
-        values = keys + packed_bytes
-        parts = values + packed_bytes  # of queries
-        weights = parts + query_parts * query_bytes
-        scores = weights + weight_parts * weight_bytes
-        sums = scores + 2 * ROWS * score_stride
-        nothing = sums + 2 * ROWS * 4 * head_dim
-        zeros = array(nothing, np.float32, head_dim)
-        for d in range(head_dim):
-            zeros[d] = 0
-        _pack(table, k_data, v_data, page_bytes, page_size, head_dim, num_keys, num_panels, nothing, keys, values)
-        configure(scores, ROWS)
-        totals = np.empty(2 * ROWS, np.float32)
-        for token in range(0, num_tokens, 2 * ROWS):
-            count = min(2 * ROWS, num_tokens - token)
-            used = (num_visible + token + count + PANEL - 2) // PANEL  # panels in sight of these tokens
-            for head in range(group):
-                first = token_bytes * token + itemsize * head_dim * head
-                for i in range(count):
-                    source, to = queries + first + token_bytes * i, parts + 2 * head_dim * i
-                    if itemsize == 2:
-                        _copy(source, to, head_dim // 4)
-                    else:
-                        split_row(source, to, head_dim // WIDTH, query_bytes, query_parts)
-                for panel in range(used):
-                    source, to = keys + 2 * PANEL * head_dim * panel, scores + 4 * PANEL * panel
-                    _product(
-                        parts,
-                        2 * head_dim,
-                        query_parts,
-                        query_bytes,
-                        source,
-                        head_dim // DEPTH,
-                        to,
-                        score_stride,
-                        count,
-                    )
-                for i in range(count):
-                    row, to = scores + score_stride * i, weights + weight_stride * i
-                    seen, vectors = num_visible + token + i, used * (PANEL // WIDTH)
-                    totals[i] = softmax_row(row, seen, vectors, scale, to, weight_bytes, weight_parts)
-                for d in range(0, head_dim, PANEL):
-                    source, to = values + 2 * PANEL * d * num_panels, sums + 4 * d
-                    _product(weights, weight_stride, weight_parts, weight_bytes, source, used, to, 4 * head_dim, count)
-                for i in range(count):
-                    share, to = np.float32(1) / totals[i], out + first + token_bytes * i
-                    scale_row(sums + 4 * head_dim * i, share, to, head_dim // WIDTH, itemsize)
-        release_tiles()
-        buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
-
-    return attend
+    table: pages of the sequence; `page_bytes` of each, in which page 0 has the KV head at `k_data` and `v_data`.
+    scale: factor on the scores, float32, positive.
+    queries, out: addresses of the first token's first of the `group` heads, `token_bytes` from token to token.
+    itemsize: bytes of a query's element: 2, bfloat16, or 4, float32; with its `QUERY_PARTS` and `WEIGHT_PARTS` a constant.
+    """
+    num_keys = num_visible + num_tokens - 1
+    num_panels = (num_keys + PANEL - 1) // PANEL
+    packed_bytes = num_panels * 2 * PANEL * head_dim
+    score_stride, weight_stride = 4 * (num_panels * PANEL + WIDTH), 2 * PANEL * (num_panels + 1)  # whole lines
+    query_bytes, weight_bytes = 2 * ROWS * 2 * head_dim, 2 * ROWS * weight_stride  # of a part
+    sizes = 2 * packed_bytes + query_parts * query_bytes + weight_parts * weight_bytes + 2 * ROWS * score_stride
+    buffer_ = np.empty(sizes + 2 * ROWS * 4 * head_dim + 4 * head_dim + 64, np.uint8)
+    keys = (buffer_.ctypes.data + 63) // 64 * 64
+    values = keys + packed_bytes
+    parts = values + packed_bytes  # of queries
+    weights = parts + query_parts * query_bytes
+    scores = weights + weight_parts * weight_bytes
+    sums = scores + 2 * ROWS * score_stride
+    nothing = sums + 2 * ROWS * 4 * head_dim
+    zeros = array(nothing, np.float32, head_dim)
+    for d in range(head_dim):
+        zeros[d] = 0
+    _pack(table, k_data, v_data, page_bytes, page_size, head_dim, num_keys, num_panels, nothing, keys, values)
+    configure(scores, ROWS)
+    totals = np.empty(2 * ROWS, np.float32)
+    for token in range(0, num_tokens, 2 * ROWS):
+        count = min(2 * ROWS, num_tokens - token)
+        used = (num_visible + token + count + PANEL - 2) // PANEL  # panels in sight of these tokens
+        for head in range(group):
+            first = token_bytes * token + itemsize * head_dim * head
+            for i in range(count):
+                source, to = queries + first + token_bytes * i, parts + 2 * head_dim * i
+                if itemsize == 2:
+                    _copy(source, to, head_dim // 4)
+                else:
+                    split_row(source, to, head_dim // WIDTH, query_bytes, query_parts)
+            for panel in range(used):
+                source, to = keys + 2 * PANEL * head_dim * panel, scores + 4 * PANEL * panel
+                _product(
+                    parts, 2 * head_dim, query_parts, query_bytes, source, head_dim // DEPTH, to, score_stride, count
+                )
+            for i in range(count):
+                row, to = scores + score_stride * i, weights + weight_stride * i
+                seen, vectors = num_visible + token + i, used * (PANEL // WIDTH)
+                totals[i] = softmax_row(row, seen, vectors, scale, to, weight_bytes, weight_parts)
+            for d in range(0, head_dim, PANEL):
+                source, to = values + 2 * PANEL * d * num_panels, sums + 4 * d
+                _product(weights, weight_stride, weight_parts, weight_bytes, source, used, to, 4 * head_dim, count)
+            for i in range(count):
+                share, to = np.float32(1) / totals[i], out + first + token_bytes * i
+                scale_row(sums + 4 * head_dim * i, share, to, head_dim // WIDTH, itemsize)
+    release_tiles()
+    buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address

@@ -30,7 +30,7 @@ from pallas_kernels.numba_ffi import (
     register,
 )
 from pallas_kernels.paged_attention import numba_chunks, numba_vectors
-from pallas_kernels.paged_attention.numba_chunks import BLOCK, make_attend
+from pallas_kernels.paged_attention.numba_chunks import BLOCK, QUERY_PARTS, WEIGHT_PARTS, attend
 from pallas_kernels.paged_attention.numba_vectors import MAX_SUMS, add_values, exponentiate, scores
 
 ROWS_PER_TURN = 1
@@ -52,7 +52,8 @@ def paged_attention(
 
     Pages of uint16 or float32, for a CPU.  Where the matrix unit (AMX) takes the pages, it does chunks (`numba_chunks`).
     Else every token is a row of its own to the kernel: a token of a chunk reads the chunk's pages again, out of
-    the cores' caches.  Either way a token's result depends on that token's row alone, to the last bit.
+    the cores' caches.  Either way a token's result depends on that token's row alone, to the last bit; the two ways differ
+    in the last bits.
     """
     del num_decode
     num_tokens, num_heads, head_dim = q.shape
@@ -149,7 +150,7 @@ def _make_work(itemsize, query_itemsize, head_dim, group, has_unit, sources):
     """The work: bytes per element of pages and of queries, `head_dim` and `group` are constants, other sizes come with the call."""
     num_keys = min(4, math.gcd(head_dim, LANES), 1 << (max(1, MAX_SUMS // group).bit_length() - 1))  # a power of 2
 
-    attend = make_attend(query_itemsize)
+    query_parts, weight_parts = QUERY_PARTS[query_itemsize], WEIGHT_PARTS[query_itemsize]
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
     def work(job_at, first, stop):
@@ -180,7 +181,8 @@ def _make_work(itemsize, query_itemsize, head_dim, group, has_unit, sources):
                         pages = array(job[TABLE] + 4 * width * row_of[token], np.int32, width)
                         shift = token * token_bytes + k * query_itemsize * group * head_dim
                         attend(pages, k_data + place, v_data + place, page_bytes, page_size, head_dim, group, scale,
-                               q_data + shift, out_data + shift, token_bytes, later - token, np.int64(kv_lens[token]))  # fmt: skip
+                               q_data + shift, out_data + shift, token_bytes, later - token, np.int64(kv_lens[token]),
+                               query_itemsize, query_parts, weight_parts)  # fmt: skip
                     token = later
         first, stop = max(first - job[NUM_BLOCKS], 0), stop - job[NUM_BLOCKS]
         stride = np.int64(1)  # tokens of the longest row

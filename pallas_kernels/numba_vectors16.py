@@ -55,6 +55,14 @@ def store_rounded(b, value, base, offset):
     return b.fsub(value, b.fpext(rounded, FLOATS))
 
 
+def store_vector(b, value, base, index, itemsize):
+    """16 values as the vector number `index` (an int64) from an address on, in float32 (4 bytes) or bfloat16 (2), rounded."""
+    if itemsize == 2:
+        store_rounded(b, value, base, b.mul(index, INT64(2 * WIDTH)))
+    else:
+        b.store(value, address(b, base, b.mul(index, INT64(4 * WIDTH)), FLOATS), align=4)
+
+
 def store_parts(b, value, base, offset, part, num_parts):
     """16 values as the sum of `num_parts` numbers in bfloat16, `part` bytes apart."""
     for i in range(num_parts):
@@ -119,12 +127,8 @@ def scale_row(typing_context, source, factor, target, num_vectors, out_bytes):
         source, factor, target, num_vectors = arguments[:4]
         factors = splat(b, factor, FLOATS)
         with numba.core.cgutils.for_range(b, num_vectors) as loop:
-            offset = b.mul(loop.index, INT64(4 * WIDTH))
-            value = b.fmul(load(b, source, offset), factors)
-            if size.literal_value == 2:
-                store_rounded(b, value, target, b.mul(loop.index, INT64(2 * WIDTH)))
-            else:
-                b.store(value, address(b, target, offset, FLOATS), align=4)
+            value = b.fmul(load(b, source, b.mul(loop.index, INT64(4 * WIDTH))), factors)
+            store_vector(b, value, target, loop.index, size.literal_value)
         return context.get_dummy_value()
 
     one = numba.types.int64

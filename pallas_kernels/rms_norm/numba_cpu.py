@@ -21,12 +21,11 @@ from pallas_kernels.numba_vectors16 import (
     FLOATS,
     INT64,
     WIDTH,
-    address,
     call,
     constant,
     load,
     splat,
-    store_rounded,
+    store_vector,
 )
 
 X, SCALE, EPS, OUT, NUM_TOKENS, NUM_ROWS, LENGTH, NUM_WORDS = range(8)
@@ -98,10 +97,7 @@ def norm_row(typing_context, x, scale, eps, num_vectors, out, out_bytes):
         with numba.core.cgutils.for_range(b, num_vectors) as loop:
             offset = b.mul(loop.index, INT64(4 * WIDTH))
             value = b.fmul(b.fmul(load(b, x, offset), factor), load(b, scale, offset))
-            if size.literal_value == 2:
-                store_rounded(b, value, out, b.mul(loop.index, INT64(2 * WIDTH)))
-            else:
-                b.store(value, address(b, out, offset, FLOATS), align=4)
+            store_vector(b, value, out, loop.index, size.literal_value)
         return context.get_dummy_value()
 
     one = numba.types.int64

@@ -185,6 +185,10 @@ def _make_work(itemsize, query_itemsize, head_dim, group, has_unit, sources):
                                query_itemsize, query_parts, weight_parts)  # fmt: skip
                     token = later
         first, stop = max(first - job[NUM_BLOCKS], 0), stop - job[NUM_BLOCKS]
+        while has_unit and first < stop and is_in_chunk[first] and kv_lens[first] > 0:  # done, with its block
+            first += 1
+        if first >= stop:
+            return
         stride = np.int64(1)  # tokens of the longest row
         for row in range(first, stop):
             stride = max(stride, np.int64(kv_lens[row]))

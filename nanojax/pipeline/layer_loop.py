@@ -225,10 +225,8 @@ class _Loop:
 
     def _project_qkv(self, node: Node, layer: int, tokens: NanoBatch, extent: Extent) -> Any:
         """Queries, keys and values; a stream gives them as one array."""
-
-        cos, sin = (
-            part[tokens.start : tokens.stop] for part in self.rope
-        )  # outside of the stream's part: equal slices of all layers become one
+        # Outside of the stream's part: equal slices of all layers become one.
+        cos, sin = (part[tokens.start : tokens.stop] for part in self.rope)
 
         def project() -> Any:
             results = self.layers[layer].project_qkv(self.pieces.get(INPUT, layer, tokens), (cos, sin), extent)

@@ -72,7 +72,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     series["layer_times"] = {name: [row[name] for row in rows] for name in rows[0]}
     printed = published.scalars("released_stage1")
     series["authors_search"] = _against_authors_search(printed, values.num_layers)
-    settings = ("profile", "interference", "shares", "spares_idle", "num_layers", "input_len", "output_len")
+    settings = (*layer_timings.MODEL_FLAGS, "num_layers", "input_len", "output_len")
     record = make_record(
         NAME, "simulated", metrics={f"layer_time_s_{row['pipeline']}": row["layer_time_s"] for row in rows},
         config={name: values[name].value for name in settings} | {"published_source": printed.source}, seed=values.seed,

@@ -74,7 +74,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
         for label, rates in (("by hand", ours), ("searched", found))
     }
     metrics |= {"num_wrong_orders": len(wrong["by hand"]), "searched_num_wrong_orders": len(wrong["searched"])}
-    config = {name: values[name].value for name in ("pipeline", "profile", "interference", "shares", "spares_idle")}
+    config = {name: values[name].value for name in ("pipeline", *layer_timings.MODEL_FLAGS)}
     record = make_record(
         NAME, "simulated", metrics=metrics, config=config | {"published_source": printed.source}, seed=values.seed
     )

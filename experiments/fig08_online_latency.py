@@ -150,7 +150,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
             "published_source": f"{published.grid('fig08_crossings').source}; curve read off the authors' README figure",
             "lengths": "released traces" if values.traces else "Table 4, log-normal", "duration_s": duration_s,
             "warm_up_s": warm_up_s, "dense_batches": dense_batches, "envelope": "lower envelope over dense batches",
-            **{name: values[name].value for name in ("profile", "interference", "shares", "spares_idle")},
+            **{name: values[name].value for name in layer_timings.MODEL_FLAGS},
             "overlapped_layer_s": {
                 name: {str(batch): seconds for batch, seconds in by_batch.items()} for name, by_batch in layer_times_s.items()
             },

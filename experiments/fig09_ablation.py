@@ -61,7 +61,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     ours = {label: _predict(own, printed.columns) for label, own in chosen.items()}
     for label, rates in ours.items():
         metrics |= {f"{label}{name}": value for name, value in _metrics(rates, theirs, printed.columns).items()}
-    config = {name: values[name].value for name in ("pipeline", "profile", "interference", "shares", "spares_idle")}
+    config = {name: values[name].value for name in ("pipeline", *layer_timings.MODEL_FLAGS)}
     record = make_record(
         NAME, "simulated", metrics=metrics, config=config | {"published_source": printed.source}, seed=values.seed
     )

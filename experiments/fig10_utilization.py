@@ -58,7 +58,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     ours = {peak: metrics[f"compute_{peak}fraction_{values.pipeline}"] for peak in ("", "of_gemm_peak_")}
     for peak, fraction in ours.items():
         metrics[f"error_{peak}percent"] = comparison.error_percent(fraction, published_fraction)
-    settings = ("pipeline", "profile", "interference", "shares", "spares_idle", "num_layers", "input_len", "output_len")
+    settings = ("pipeline", *layer_timings.MODEL_FLAGS, "num_layers", "input_len", "output_len")
     config = {name: values[name].value for name in settings} | {"published_source": printed.source}
     record = make_record(NAME, "simulated", metrics=metrics, config=config, seed=values.seed, series=series)
     folder = pathlib.Path(values.out)

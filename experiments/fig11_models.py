@@ -70,7 +70,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
         for label, rates in (("by hand", ours), ("searched", searched_rates))
     }
     metrics |= {"num_wrong_orders": len(wrong["by hand"]), "searched_num_wrong_orders": len(wrong["searched"])}
-    config = {name: values[name].value for name in ("profile", "interference", "shares", "spares_idle")}
+    config = {name: values[name].value for name in layer_timings.MODEL_FLAGS}
     config |= {"pipelines": {model: name for model, (name, *_) in PIPELINES.items()}}
     record = make_record(
         NAME, "simulated", metrics=metrics, config=config | {"published_source": printed.source}, seed=values.seed

@@ -20,7 +20,7 @@ from nanojax.pipeline.published_profile import released_profile, table2_profile
 from nanojax.pipeline.simulate import Shares, Timeline, simulate
 
 __all__ = [
-    "INTERFERENCE", "PROFILES", "Setting", "define_flags", "define_model_flags", "durations_of", "setting", "setting_of",
+    "INTERFERENCE", "MODEL_FLAGS", "PROFILES", "Setting", "define_flags", "define_model_flags", "durations_of", "setting", "setting_of",
 ]  # fmt: skip
 
 INTERFERENCE: dict[str, Interference] = {
@@ -29,6 +29,8 @@ INTERFERENCE: dict[str, Interference] = {
     "released": RELEASED_TABLES,
     "none": NO_INTERFERENCE,
 }
+MODEL_FLAGS = ("profile", "interference", "shares", "spares_idle")
+"""What `define_model_flags` defines: a record's config has them."""
 PROFILES = {
     "table2": "efficiencies of the paper's Table 2, 8 A100-80GB",
     "released": "timings in the authors' repository, LLaMA-2-70B on 8 A100-80GB",

@@ -33,10 +33,12 @@ DEPTHS = (5, 2)
 IN_ORDER = "sequential"
 FIRST_TOKENS = (640, 768, 896)
 SHARES = {
-    ATTENTION_EXCLUSIVE: ((0.3, 0.3), (0.4, 0.4)),
-    "sm_exclusive": ((0.25, 0.25), (0.2, 0.15), (0.15, 0.1)),
+    ATTENTION_EXCLUSIVE: ((0.3, 0.3),),
+    "sm_exclusive": ((0.2, 0.15), (0.227, 0.15), (0.25, 0.2)),
 }
 """Form -> attention's share of the multiprocessors beside either nano-batch's dense operations."""
+CHOSEN = "sm_exclusive", (0.227, 0.15)
+"""Of those, what cuts and graphs are compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,23 +95,18 @@ def ways(step: Step, is_smoke: bool) -> dict[str, dict[str, Way]]:
     shares = {
         name: way for form, own in SHARES.items() for one in own for name, way in divided(form, first, one).items()
     }
-    best = [(form, own[-2]) for form, own in SHARES.items()]
-    cuts = {
-        name: way
-        for n in FIRST_TOKENS
-        for form, own in best
-        if n != first
-        for name, way in divided(form, n, own).items()
+    shares |= {
+        f"{name}, concurrent graph": dataclasses.replace(way, graphs=Graphs.CONCURRENT)
+        for name, way in divided(CHOSEN[0], first, CHOSEN[1]).items()
     }
+    cuts = {name: way for n in FIRST_TOKENS if n != first for name, way in divided(CHOSEN[0], n, CHOSEN[1]).items()}
     forms = {
         "sequential, no graphs": Way(graphs=Graphs.NO),
         "llama_8b": Way(named, True),
         "decode_beside_dense": Way(make(first), True),
-        "decode_beside_dense, graph": Way(make(first), True, ATTENTION_EXCLUSIVE, Graphs.SOME),
-        "decode_beside_dense, concurrent graph": Way(make(first), True, ATTENTION_EXCLUSIVE, Graphs.CONCURRENT),
         "decode_beside_dense, one stream": Way(library.on_one_stream(make(first))),
     }
-    return {"shares": base | shares, "first tokens": base | cuts, "forms": base | forms}
+    return {"shares": base | shares, "forms": base | forms, "first tokens": base | cuts}
 
 
 def cases(setting: Setting) -> list[Case]:

@@ -16,10 +16,14 @@ _schedule = jax.jit(decode_schedule, static_argnums=(2, 3, 4))  # traced once fo
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """A call, ready to be put on CTAs.  `schedule` depends on lengths only, so XLA shares it among the layers of a step."""
+    """A call, ready to be put on CTAs.  `schedule` depends on lengths only, so XLA shares it among the layers of a step.
+
+    inputs: as in `prepare`: q, k_pages, v_pages, page_indices.  XLA starts a stream's call right after the last of its operands is
+      made, which for a view of the pages would be just before their next use, late: whoever is called makes the view.
+    """
 
     shape: DecodeShape
-    first_page: int
+    layer: int
     inputs: tuple[Array, ...]
     schedule: DecodeSchedule
 
@@ -56,13 +60,11 @@ def prepare(
     config = mosaic_gpu.Config(BLOCK, num_stages, num_ctas, num_workers)
     shape = config.decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
     schedule = _schedule(kv_lens, num_decode, shape.num_kv_heads, shape.block, shape.num_runs)
-    *pages, first_page = mosaic_gpu.end_to_end(k_pages, v_pages, layer)
-    return Decode(shape, first_page, (q, *pages, page_indices), schedule)
+    return Decode(shape, layer, (q, k_pages, v_pages, page_indices), schedule)
 
 
 def attend(call: Decode, inputs: tuple[Array, ...], schedule: DecodeSchedule, interpret: Any) -> Float[Array, "R H h"]:
     """Two kernels of its own: all CTAs, then the merge.  No nested jit: may run in a stream call."""
-    q, k_pages, v_pages, page_indices = inputs
-    return decode_attention(
-        q, k_pages, v_pages, call.first_page, page_indices, schedule, call.shape, interpret=interpret
-    )
+    q, *pages, page_indices = inputs
+    cache = mosaic_gpu.end_to_end(*pages, call.layer)
+    return decode_attention(q, *cache, page_indices, schedule, call.shape, interpret=interpret)

@@ -17,7 +17,7 @@ from pallas_kernels.matmul import mosaic_gpu as matmul
 from pallas_kernels.matmul.mosaic_gpu import Config
 from pallas_kernels.overlap import sm_exclusive
 from pallas_kernels.overlap.shares import Split
-from pallas_kernels.paged_attention import mosaic_decode
+from pallas_kernels.paged_attention import mosaic_decode, mosaic_gpu
 from pallas_kernels.paged_attention.mosaic_decode_plan import DecodeShape
 
 
@@ -36,8 +36,9 @@ def run(
         x, kernel, residual[0] if residual else None, num_ctas=split.matmul, out_dtype=out_dtype, config=config
     )
     call = sm_exclusive.prepare(split.attention, attention, num_workers=1)  # a product has three warpgroups
-    q, k_pages, v_pages, table = call.inputs
-    inputs = mosaic_decode.kernel_inputs(q, k_pages, v_pages, call.first_page, table, call.schedule, call.shape)
+    q, *pages, table = call.inputs
+    cache = mosaic_gpu.end_to_end(*pages, call.layer)
+    inputs = mosaic_decode.kernel_inputs(q, *cache, table, call.schedule, call.shape)
     num_parts = call.schedule.parts.shape[0]
     make = _kernel if interpret is None else functools.partial(_make_kernel, interpret=interpret)
     both = make(shape, call.shape, num_parts, q.dtype)

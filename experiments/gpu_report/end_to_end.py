@@ -62,12 +62,21 @@ _WAYS = {
     "decode beside dense": {
         "pipeline": "decode_beside_dense",
         "use_streams": True,
-        "overlap": "attention_exclusive",
+        "overlap": "sm_exclusive",
     },
     "overlap": {"pipeline": "llama_8b", "use_streams": True},
     "searched": {"pipeline": SEARCHED, "use_streams": True},
-    "overlap, graphs": {"pipeline": "llama_8b", "use_streams": True, "graphs": Graphs.SOME.value},
-    "overlap, attention divided": {"pipeline": "llama_8b", "use_streams": True, "overlap": "attention_exclusive"},
+    "decode beside dense, no graphs": {
+        "pipeline": "decode_beside_dense",
+        "use_streams": True,
+        "overlap": "sm_exclusive",
+        "graphs": Graphs.NO.value,
+    },
+    "decode beside dense, cuBLAS": {
+        "pipeline": "decode_beside_dense",
+        "use_streams": True,
+        "overlap": "attention_exclusive",
+    },
     "overlap, divided": {"pipeline": "llama_8b", "use_streams": True, "overlap": "sm_exclusive"},
     "nano_batched": {"pipeline": "nano_batched"},
 }
@@ -77,16 +86,16 @@ def points(is_smoke: bool) -> list[Point]:
     """In the order of what one wants to know first."""
 
     def point(lengths: str, how: str, **more: Any) -> Point:
-        return Point(lengths, how, **_WAYS[how], **more)
+        return Point(lengths, how, **(_WAYS[how] | more))
 
     if is_smoke:
         return [point("12/6", "sequential"), point("12/6", "searched")]
-    found = [point("512/512", how) for how in _WAYS]
-    found += [point("1024/512", how) for how in ("sequential", "overlap")]
-    found += [point("512/512", "sequential", driver=driver) for driver in ("host_sync", "device_loop")]
-    found += [point("512/1024", how) for how in ("sequential", "overlap")]
+    both = ("sequential", "decode beside dense")
+    found = [point(lengths, how) for lengths in ("512/512", "1024/512") for how in both]
+    found += [point("512/512", how) for how in _WAYS if how not in both]
+    found += [point("512/512", how, driver=driver) for how in both for driver in ("host_sync", "device_loop")]
     return found + [
-        point(data, how) for data in ("sharegpt", "lmsys", "splitwise") for how in ("sequential", "overlap")
+        point(lengths, how) for lengths in ("512/1024", "sharegpt", "lmsys", "splitwise") for how in both
     ]
 
 

@@ -18,6 +18,11 @@ KQV_SHARE, DECODE_SHARE, PREFILL_SHARES, O_SHARES, FFN_SHARE = 0.4, 0.4, (0.4, 0
 ATTN_AG_SHARE, O_COLLECTIVE_SHARES, D_COLLECTIVE_SHARES = 0.2, (0.2, 0.1), (0.1, 0.2)
 # The paper prints no shares for one device.  These are Figure 6's where prefill and decode attention meet.
 ONE_DEVICE_SHARES = {"compute": 0.6, "attention": 0.4}
+DECODE_SHARES = (0.227, 0.15)
+"""30 and 20 of an H200's 132 multiprocessors, for decode attention beside the second nano-batch's operations and the first's.
+
+Measured best of those tried there (`experiments/LOG.md`, 2026-11-27): both sides take about the same time.
+"""
 
 # Release of 2024, `pipeline/config_all/<model>/<B>.json`: sizes of the KQV nano-operations; the first two are the first
 # nano-batch, the others the second.
@@ -94,7 +99,7 @@ def decode_beside_dense(
     num_tokens: int,
     first: int,
     *,
-    attention_shares: tuple[float, float] = (ONE_DEVICE_SHARES["attention"], ONE_DEVICE_SHARES["attention"]),
+    attention_shares: tuple[float, float] = DECODE_SHARES,
     is_moe: bool = False,
 ) -> Pipeline:
     """`llama_8b_single_gpu` for GPUs whose kernels take whole multiprocessors: the same half a layer of software pipelining.

@@ -55,9 +55,10 @@ def prepare(
     num_ctas: int,
     num_stages: int,
     num_workers: int = 1,
+    cluster: int = 1,
 ) -> Decode:
     """The call for `num_ctas` CTAs whose workers each have `num_stages` blocks of keys and values in flight."""
-    config = mosaic_gpu.Config(BLOCK, num_stages, num_ctas, num_workers)
+    config = mosaic_gpu.Config(BLOCK, num_stages, num_ctas, num_workers, cluster)
     shape = config.decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
     schedule = _schedule(kv_lens, num_decode, shape.num_kv_heads, shape.block, shape.num_runs)
     return Decode(shape, layer, (q, k_pages, v_pages, page_indices), schedule)

@@ -32,6 +32,8 @@ def run(
 ) -> tuple[Array, Array]:
     """The product and the attended heads; `attention` as in `sm_exclusive.prepare`."""
     x, kernel, *residual = operands
+    columns = kernel.size // kernel.shape[0]
+    config = config or matmul.choose_config(x.shape[0], columns, split.matmul, max_cluster=1)
     shape = matmul.shape_of(
         x, kernel, residual[0] if residual else None, num_ctas=split.matmul, out_dtype=out_dtype, config=config
     )

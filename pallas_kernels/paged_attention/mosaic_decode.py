@@ -174,7 +174,7 @@ def _merge_body(shape: DecodeShape, interpret: Interpret, cu_parts, acc_in, lse_
         peak, total = (plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(0)) for x in (peak, total))
     acc = tiles.as_accumulator(jnp.zeros(acc_shape, jnp.float32), interpret)
     _, total, acc = lax.fori_loop(cu_parts[pair], cu_parts[pair + 1], add, (peak, total, acc))
-    out[pair] = acc / tiles.spread(jnp.maximum(total, jnp.float32(1e-30)), acc_shape, 1)
+    out[pair] = (acc / tiles.spread(jnp.maximum(total, jnp.float32(1e-30)), acc_shape, 1)).astype(out.dtype)
 
 
 def decode_attention(
@@ -206,28 +206,32 @@ def _make_parts_kernel(shape: DecodeShape, num_parts: int, dtype: jnp.dtype, int
     def decode_attention_parts(*refs):
         inputs, buffers = refs[: -len(scratch)], refs[-len(scratch) :]
         names = dict(zip(scratch, buffers, strict=True))
-        attend_parts(shape, lax.axis_index("cta"), inputs, names, interpret)
+        cta = lax.axis_index("cta")
+        if shape.cluster > 1:
+            cta = cta * shape.cluster + lax.axis_index("rank")
+        attend_parts(shape, cta, inputs, names, interpret)
 
     return tiles.kernel(
         decode_attention_parts,
         interpret=interpret,
         out_type=part_types(shape, num_parts),
         scratch_types=list(scratch.values()),
-        grid=(shape.num_ctas,),
+        grid=(shape.num_ctas // shape.cluster,),
         grid_names=("cta",),
+        **({"cluster": (shape.cluster,), "cluster_names": ("rank",)} if shape.cluster > 1 else {}),
         num_threads=2 * shape.num_workers,
         thread_name="warpgroup",
     )
 
 
-def _make_merge_kernel(shape: DecodeShape, num_pairs: int, interpret: Interpret) -> Callable:
+def _make_merge_kernel(shape: DecodeShape, num_pairs: int, dtype: jnp.dtype, interpret: Interpret) -> Callable:
     def decode_attention_merge(*refs):
         _merge_body(shape, interpret, *refs)
 
     return tiles.kernel(
         decode_attention_merge,
         interpret=interpret,
-        out_type=jax.ShapeDtypeStruct((num_pairs, shape.head_dim, shape.heads), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((num_pairs, shape.head_dim, shape.heads), dtype),
         grid=(num_pairs,),
         grid_names=("pair",),
     )
@@ -239,8 +243,8 @@ def _parts_kernel(shape: DecodeShape, num_parts: int, dtype: jnp.dtype) -> Calla
 
 
 @functools.cache
-def _merge_kernel(shape: DecodeShape, num_pairs: int) -> Callable:
-    return inlined(_make_merge_kernel(shape, num_pairs, None))
+def _merge_kernel(shape: DecodeShape, num_pairs: int, dtype: jnp.dtype) -> Callable:
+    return inlined(_make_merge_kernel(shape, num_pairs, dtype, None))
 
 
 def kernel_inputs(
@@ -284,6 +288,6 @@ def merge_parts(
     """The second kernel, and its results in the order of `q`."""
     num_pairs = q.shape[0] * shape.num_kv_heads
     make = _merge_kernel if interpret is None else functools.partial(_make_merge_kernel, interpret=interpret)
-    out = make(shape, num_pairs)(schedule.cu_parts_of_pair, acc, lse)
+    out = make(shape, num_pairs, jnp.dtype(q.dtype))(schedule.cu_parts_of_pair, acc, lse)
     out = lax.slice_in_dim(out, 0, shape.group, axis=2)
-    return lax.transpose(out, (0, 2, 1)).reshape(q.shape).astype(q.dtype)
+    return lax.transpose(out, (0, 2, 1)).reshape(q.shape)

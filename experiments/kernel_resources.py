@@ -104,8 +104,6 @@ def _mosaic_launch(passes: str) -> tuple[int, int, int]:
     line = passes[at : passes.index("\n", at)]
     constants = dict(re.findall(r"(%[\w.-]+) = arith\.constant (\d+)", passes[:at]))
     sizes = [int(constants[name]) for name in re.findall(r"%[\w.-]+ = (%[\w.-]+)", line)]
-    if "clusters" in line:  # of a cluster, in blocks: before the grid's
-        sizes = sizes[3:]
     smem = re.search(r"dynamic_shared_memory_size (%[\w.-]+)", line)
     return math.prod(sizes[:3]), math.prod(sizes[3:6]), int(constants[smem[1]]) if smem else 0
 

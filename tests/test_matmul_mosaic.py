@@ -31,9 +31,6 @@ def exact(x, kernel, residual):
 CASES = {
     "uneven tiles, ring wraps": ((256, 192, (256,)), None, jnp.float32, 3, Config(tile_n=128, num_stages=2)),
     "swiglu": ((128, 128, (2, 128)), None, jnp.bfloat16, 2, Config(num_stages=2)),
-    "pairs": ((512, 192, (256,)), None, jnp.float32, 4, Config(tile_n=128, num_stages=2, cluster=2)),
-    "pairs, swiglu": ((256, 128, (2, 256)), None, jnp.bfloat16, 2, Config(num_stages=2, cluster=2)),
-    "pairs, residual": ((256, 64, (512,)), jnp.float32, jnp.float32, 2, Config(num_stages=2, cluster=2)),
     "residual": ((128, 64, (256,)), jnp.float32, jnp.float32, 1, Config(num_stages=2)),
 }
 

@@ -94,9 +94,7 @@ def points(is_smoke: bool) -> list[Point]:
     found = [point(lengths, how) for lengths in ("512/512", "1024/512") for how in both]
     found += [point("512/512", how) for how in _WAYS if how not in both]
     found += [point("512/512", how, driver=driver) for how in both for driver in ("host_sync", "device_loop")]
-    return found + [
-        point(lengths, how) for lengths in ("512/1024", "sharegpt", "lmsys", "splitwise") for how in both
-    ]
+    return found + [point(lengths, how) for lengths in ("512/1024", "sharegpt", "lmsys", "splitwise") for how in both]
 
 
 def cases(setting: Setting) -> list[Case]:

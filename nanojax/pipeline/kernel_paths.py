@@ -71,7 +71,7 @@ def divide(pipeline: Pipeline, nodes: Sequence[int], num_sms: int) -> dict[int, 
     """Multiprocessors of nodes, by index, that are launched together on several streams; none where all are on one.
 
     A stream gets what the largest of its nodes' shares is worth, a node of a smaller share the less: at no time are more
-    than `num_sms` in use.  Streams get pairs of them, as the CTAs of kernels come.  Raises ValueError for more streams than pairs.
+    than `num_sms` in use.  Raises ValueError for more streams than multiprocessors.
     """
     from pallas_kernels.overlap import ctas_of_shares
 
@@ -81,8 +81,7 @@ def divide(pipeline: Pipeline, nodes: Sequence[int], num_sms: int) -> dict[int, 
         largest[node.stream] = max(node.share, largest.get(node.stream, 0.0))
     if len(largest) < 2:
         return {}
-    pairs = ctas_of_shares(list(largest.values()), num_sms // 2)
-    counts = dict(zip(largest, (2 * own for own in pairs), strict=True))
+    counts = dict(zip(largest, ctas_of_shares(list(largest.values()), num_sms), strict=True))
     return {
         i: max(int(counts[node.stream] * (node.share / largest[node.stream])), 1)
         for i, node in ((i, pipeline.nodes[i]) for i in nodes)

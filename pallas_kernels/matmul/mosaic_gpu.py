@@ -2,8 +2,7 @@
 
 CTA i of C takes output tiles i, i + C, i + 2C, ...: rows first, so that CTAs at work at the same time share columns of the
 weights, which memory then delivers once.  One warpgroup fetches operands by TMA into a ring of shared memory, two multiply,
-64 rows of the tile each.  Two CTAs may form a pair: it takes two tiles, one below the other, and each fetches half of their
-weights for both, a third less to read from the L2 cache.  What follows the product on the same values - SwiGLU, adding the residual stream, rounding - is
+64 rows of the tile each.  What follows the product on the same values - SwiGLU, adding the residual stream, rounding - is
 done in registers, one pass over memory less.
 """
 
@@ -23,7 +22,6 @@ from pallas_kernels.inlined import inlined
 
 NUM_CONSUMERS, PRODUCER = 2, 2
 NUM_WARPGROUPS = 3
-PAIR = "pair"  # the axis of a cluster's CTAs
 ROWS = 64  # of a consumer's share of a tile: those of one wgmma
 ROW_BYTES = 128  # of a tile in shared memory, swizzled
 SMEM_BYTES = 232_448  # what one CTA may use on Hopper
@@ -39,19 +37,15 @@ Interpret = Any  # `InterpretGPUParams`, whose place in JAX depends on the versi
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tile sizes: `tile_n` columns of the weights (with SwiGLU, half of them gate and half up); blocks of operands in flight.
-
-    cluster: CTAs that share weights, 1 or 2.
-    """
+    """Tile sizes: `tile_n` columns of the weights (with SwiGLU, half of them gate and half up); blocks of operands in flight."""
 
     tile_n: int = 256
     tile_k: int = 64
     num_stages: int = 4
-    cluster: int = 1
 
     def __post_init__(self) -> None:
-        if self.tile_n not in (128, 256) or self.tile_k != 64 or self.num_stages < 2 or self.cluster not in (1, 2):
-            raise ValueError(f"{self} must have tile_n 128 or 256, tile_k 64, num_stages >= 2 and cluster 1 or 2")
+        if self.tile_n not in (128, 256) or self.tile_k != 64 or self.num_stages < 2:
+            raise ValueError(f"{self} must have tile_n 128 or 256, tile_k 64 and num_stages >= 2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +78,9 @@ class Shape:
         return self.config.tile_n // self.parts
 
     @property
-    def num_groups(self) -> int:
-        """Clusters of CTAs; each takes as many tiles at a time as it has CTAs, one below the other."""
-        return self.num_ctas // self.config.cluster
-
-    @property
-    def num_turns(self) -> int:
-        """Of all groups together: tiles, or pairs of them."""
-        return self.m // (self.tile_m * self.config.cluster) * (self.n // self.config.tile_n)
+    def num_tiles(self) -> int:
+        """Of all CTAs."""
+        return self.m // self.tile_m * (self.n // self.config.tile_n)
 
     @property
     def slice_n(self) -> int:
@@ -108,15 +97,12 @@ class Shape:
     def scratch(self) -> dict[str, Any]:
         """Shared memory and barriers."""
         config, stages = self.config, self.config.num_stages
-        free: Any = plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=stages)
-        if config.cluster > 1:  # a slot is free when both CTAs have read theirs, which either may fill next
-            free = plgpu.ClusterBarrier(collective_axes=(PAIR,), num_arrivals=NUM_CONSUMERS, num_barriers=stages)
         return {
             "x_smem": _tile((stages, self.tile_m, config.tile_k), self.dtype),
             "kernel_smem": _tile((stages, self.parts, config.tile_k, self.out_tile_n), self.dtype),
             "out_smem": _tile((NUM_CONSUMERS, 2, ROWS, self.slice_n), self.out_dtype),
             "full": plgpu.Barrier(num_arrivals=1 + self.parts, num_barriers=stages),
-            "free": free,
+            "free": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=stages),
             "added": plgpu.Barrier(num_arrivals=1, num_barriers=2 * NUM_CONSUMERS),
         }
 
@@ -139,15 +125,14 @@ def why_not(x, kernel) -> str | None:
     return None
 
 
-def choose_config(m: int, n: int, num_ctas: int, *, max_cluster: int = 2) -> Config:
-    """The wider tile unless the narrower one, at `NARROW_COST`, has its last tile done sooner; pairs where rows and CTAs allow."""
-    cluster = 1 if m % 256 or num_ctas % 2 else max_cluster
+def choose_config(m: int, n: int, num_ctas: int) -> Config:
+    """The wider tile unless the narrower one, at `NARROW_COST`, has its last tile done sooner."""
 
     def time(tile_n: int) -> int:
-        return -(-(m // (128 * cluster) * (n // tile_n)) // (num_ctas // cluster)) * tile_n
+        return -(-(m // 128 * (n // tile_n)) // num_ctas) * tile_n
 
     is_narrow = bool(n % 256) or NARROW_COST * time(128) < time(256)
-    return Config(tile_n=128, num_stages=6, cluster=cluster) if is_narrow else Config(cluster=cluster)
+    return Config(tile_n=128, num_stages=6) if is_narrow else Config()
 
 
 def matmul(
@@ -184,14 +169,12 @@ def _make_kernel(shape: Shape, interpret: Interpret) -> Callable[..., Array]:
 
     def persistent_matmul(*refs):
         inputs, buffers = refs[: -len(scratch)], refs[-len(scratch) :]
-        rank = lax.axis_index(PAIR) if shape.config.cluster > 1 else 0
-        multiply_tiles(shape, lax.axis_index("cta"), inputs, dict(zip(scratch, buffers, strict=True)), rank)
+        multiply_tiles(shape, lax.axis_index("cta"), inputs, dict(zip(scratch, buffers, strict=True)))
 
     return launch(
         persistent_matmul,
-        shape.num_groups,
+        shape.num_ctas,
         interpret,
-        cluster=shape.config.cluster,
         out_type=jax.ShapeDtypeStruct((shape.m, shape.n // shape.parts), shape.out_dtype),
         scratch_types=list(scratch.values()),
     )
@@ -210,64 +193,53 @@ def shape_of(x, kernel, residual, *, num_ctas: int, out_dtype=jnp.float32, confi
     config = choose_config(m, n, num_ctas) if config is None else config
     epilogue: Epilogue = "swiglu" if kernel.ndim == 3 else None
     shape = Shape(m, k, n, x.dtype, jnp.dtype(out_dtype), epilogue, residual is not None, config, num_ctas)
-    if config.cluster > 1 and (m % (shape.tile_m * config.cluster) or num_ctas % config.cluster):
-        raise ValueError(f"{config} does not divide m={m} and num_ctas={num_ctas}")
     if n % config.tile_n or shape.smem_bytes > SMEM_BYTES or shape.out_tile_n % shape.slice_n:
         raise ValueError(f"{config} does not fit n={n} and {SMEM_BYTES} B of shared memory ({shape.smem_bytes} B)")
     return shape
 
 
-def launch(body, num_groups: int, interpret: Interpret, *, cluster: int = 1, **options):
-    """`plgpu.kernel` of `num_groups` CTAs, or clusters of them (axis `PAIR`), with three warpgroups (axis "warpgroup").
-
-    Axis "cta" is the number of the CTA or of the cluster.
-    """
+def launch(body, num_ctas: int, interpret: Interpret, **options):
+    """`plgpu.kernel` of `num_ctas` CTAs (axis "cta") with three warpgroups (axis "warpgroup")."""
     params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
     interpreted = {} if interpret is None else {"interpret": interpret}
-    if cluster > 1:
-        options |= {"cluster": (cluster,), "cluster_names": (PAIR,)}
     return plgpu.kernel(
-        body, grid=(num_groups,), grid_names=("cta",), num_threads=NUM_WARPGROUPS, thread_name="warpgroup",
+        body, grid=(num_ctas,), grid_names=("cta",), num_threads=NUM_WARPGROUPS, thread_name="warpgroup",
         compiler_params=params, **interpreted, **options,
     )  # fmt: skip
 
 
-def multiply_tiles(shape: Shape, group, refs, scratch: dict[str, Any], rank=0) -> None:
-    """What CTA `rank` of group `group` of `shape.num_groups` does, with three warpgroups.
+def multiply_tiles(shape: Shape, cta, refs, scratch: dict[str, Any]) -> None:
+    """What CTA `cta` of `shape.num_ctas` does, with three warpgroups.
 
     refs: x [m k], kernel [k n], the residual if there is one, and the result, all in global memory.
     """
     x, kernel, *residual, out = refs
-    num_tiles = (shape.num_turns - group + shape.num_groups - 1) // shape.num_groups
+    num_tiles = (shape.num_tiles - cta + shape.num_ctas - 1) // shape.num_ctas
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == PRODUCER)
     def produce():
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        _fetch(shape, group, rank, num_tiles, x, kernel, scratch)
+        _fetch(shape, cta, num_tiles, x, kernel, scratch)
 
     @pl.when(warpgroup < NUM_CONSUMERS)
     def consume():
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         lax.fori_loop(
-            0,
-            num_tiles,
-            lambda i, _: _tile_of_consumer(shape, group, rank, i, warpgroup, residual, out, scratch),
-            None,
+            0, num_tiles, lambda i, _: _tile_of_consumer(shape, cta, i, warpgroup, residual, out, scratch), None
         )
         plgpu.wait_smem_to_gmem(0)
 
 
-def _corner(shape: Shape, group, rank, i):
+def _corner(shape: Shape, cta, i):
     """First row, and number of the column block, of the CTA's i-th tile."""
-    turn, rows = group + i * shape.num_groups, shape.tile_m * shape.config.cluster
-    return lax.rem(turn, jnp.int32(shape.m // rows)) * rows + rank * shape.tile_m, turn // (shape.m // rows)
+    tile, tiles_m = cta + i * shape.num_ctas, shape.m // shape.tile_m
+    return lax.rem(tile, jnp.int32(tiles_m)) * shape.tile_m, tile // tiles_m
 
 
-def _fetch(shape: Shape, group, rank, num_tiles, x, kernel, s) -> None:
+def _fetch(shape: Shape, cta, num_tiles, x, kernel, s) -> None:
     """The producer: all blocks of all tiles in order, as far ahead as the ring allows."""
     config, steps = shape.config, shape.k // shape.config.tile_k
-    shared = PAIR if config.cluster > 1 else None
 
     def wait_for_slot(step, _=None):
         @pl.when(step >= config.num_stages)
@@ -276,26 +248,24 @@ def _fetch(shape: Shape, group, rank, num_tiles, x, kernel, s) -> None:
 
     def block(step, _):
         slot, k = lax.rem(step, jnp.int32(config.num_stages)), lax.rem(step, jnp.int32(steps)) * config.tile_k
-        row, column_block = _corner(shape, group, rank, step // steps)
+        row, column_block = _corner(shape, cta, step // steps)
         wait_for_slot(step)
         depth, full = pl.ds(k, config.tile_k), s["full"].at[slot]
         plgpu.copy_gmem_to_smem(x.at[pl.ds(row, shape.tile_m), depth], s["x_smem"].at[slot], full)
         width = shape.out_tile_n
         for part in range(shape.parts):
             columns = pl.ds(column_block * width + part * (shape.n // shape.parts), width)
-            plgpu.copy_gmem_to_smem(
-                kernel.at[depth, columns], s["kernel_smem"].at[slot, part], full, collective_axes=shared
-            )
+            plgpu.copy_gmem_to_smem(kernel.at[depth, columns], s["kernel_smem"].at[slot, part], full)
 
     lax.fori_loop(0, num_tiles * steps, block, None)
     # Nothing in flight is left behind: shared memory and barriers may serve another purpose next.
     lax.fori_loop(num_tiles * steps, num_tiles * steps + config.num_stages, wait_for_slot, None)
 
 
-def _tile_of_consumer(shape: Shape, group, rank, i, warpgroup, residual, out, s) -> None:
+def _tile_of_consumer(shape: Shape, cta, i, warpgroup, residual, out, s) -> None:
     """One consumer's rows of the CTA's i-th tile: products, then the epilogue in slices of columns."""
     config, steps = shape.config, shape.k // shape.config.tile_k
-    row, column_block = _corner(shape, group, rank, i)
+    row, column_block = _corner(shape, cta, i)
     rows = pl.ds(row + warpgroup * ROWS, ROWS)
     num_slices = shape.out_tile_n // shape.slice_n
 

@@ -55,10 +55,9 @@ def prepare(
     num_ctas: int,
     num_stages: int,
     num_workers: int = 1,
-    cluster: int = 1,
 ) -> Decode:
     """The call for `num_ctas` CTAs whose workers each have `num_stages` blocks of keys and values in flight."""
-    config = mosaic_gpu.Config(BLOCK, num_stages, num_ctas, num_workers, cluster)
+    config = mosaic_gpu.Config(BLOCK, num_stages, num_ctas, num_workers)
     shape = config.decode_shape(q.shape, k_pages.shape, q.dtype, sm_scale)
     schedule = _schedule(kv_lens, num_decode, shape.num_kv_heads, shape.block, shape.num_runs)
     return Decode(shape, layer, (q, k_pages, v_pages, page_indices), schedule)
@@ -66,6 +65,6 @@ def prepare(
 
 def attend(call: Decode, inputs: tuple[Array, ...], schedule: DecodeSchedule, interpret: Any) -> Float[Array, "R H h"]:
     """Two kernels of its own: all CTAs, then the merge.  No nested jit: may run in a stream call."""
-    q, *pages, page_indices = inputs
-    cache = mosaic_gpu.end_to_end(*pages, call.layer)
-    return decode_attention(q, *cache, page_indices, schedule, call.shape, interpret=interpret)
+    q, k_pages, v_pages, page_indices = inputs
+    k_pages, v_pages, first_page = mosaic_gpu.end_to_end(k_pages, v_pages, call.layer)
+    return decode_attention(q, k_pages, v_pages, first_page, page_indices, schedule, call.shape, interpret=interpret)

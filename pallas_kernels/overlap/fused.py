@@ -32,15 +32,13 @@ def run(
 ) -> tuple[Array, Array]:
     """The product and the attended heads; `attention` as in `sm_exclusive.prepare`."""
     x, kernel, *residual = operands
-    columns = kernel.size // kernel.shape[0]
-    config = config or matmul.choose_config(x.shape[0], columns, split.matmul, max_cluster=1)
     shape = matmul.shape_of(
         x, kernel, residual[0] if residual else None, num_ctas=split.matmul, out_dtype=out_dtype, config=config
     )
     call = sm_exclusive.prepare(split.attention, attention, num_workers=1)  # a product has three warpgroups
-    q, *pages, table = call.inputs
-    cache = mosaic_gpu.end_to_end(*pages, call.layer)
-    inputs = mosaic_decode.kernel_inputs(q, *cache, table, call.schedule, call.shape)
+    q, k_pages, v_pages, table = call.inputs
+    k_pages, v_pages, first_page = mosaic_gpu.end_to_end(k_pages, v_pages, call.layer)
+    inputs = mosaic_decode.kernel_inputs(q, k_pages, v_pages, first_page, table, call.schedule, call.shape)
     num_parts = call.schedule.parts.shape[0]
     make = _kernel if interpret is None else functools.partial(_make_kernel, interpret=interpret)
     both = make(shape, call.shape, num_parts, q.dtype)

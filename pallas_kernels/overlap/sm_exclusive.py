@@ -1,8 +1,8 @@
 """How are multiprocessors divided without the driver's help?  Two kernels so fat that no two of their CTAs share one.
 
 As many CTAs in all as there are multiprocessors, each with more than half of one's shared memory: whichever kernel is
-launched first, each CTA finds a multiprocessor of its own, none waits and none moves.  The product's CTAs come in pairs, for
-which two multiprocessors of one part of the device (GPC) must be free at the same time: so attention's come in pairs, too.
+launched first, each CTA finds a multiprocessor of its own, none waits and none moves.  Clusters would need their
+multiprocessors free at the same time, so there are none.
 """
 
 from typing import Any
@@ -31,10 +31,8 @@ def num_stages(q, k_pages, num_workers: int = NUM_WORKERS) -> int:
 
 def prepare(num_sms: int, attention: dict[str, Any], num_workers: int = NUM_WORKERS) -> decode.Decode:
     """Decode attention with `num_sms` multiprocessors to itself.  `attention`: the other arguments of `decode.prepare`."""
-    stages, cluster = num_stages(attention["q"], attention["k_pages"], num_workers), 1 if num_sms % 2 else 2
-    return decode.prepare(
-        **attention, num_ctas=num_sms, num_stages=stages, num_workers=num_workers, cluster=cluster
-    )
+    stages = num_stages(attention["q"], attention["k_pages"], num_workers)
+    return decode.prepare(**attention, num_ctas=num_sms, num_stages=stages, num_workers=num_workers)
 
 
 def run(

@@ -206,19 +206,15 @@ def _make_parts_kernel(shape: DecodeShape, num_parts: int, dtype: jnp.dtype, int
     def decode_attention_parts(*refs):
         inputs, buffers = refs[: -len(scratch)], refs[-len(scratch) :]
         names = dict(zip(scratch, buffers, strict=True))
-        cta = lax.axis_index("cta")
-        if shape.cluster > 1:
-            cta = cta * shape.cluster + lax.axis_index("rank")
-        attend_parts(shape, cta, inputs, names, interpret)
+        attend_parts(shape, lax.axis_index("cta"), inputs, names, interpret)
 
     return tiles.kernel(
         decode_attention_parts,
         interpret=interpret,
         out_type=part_types(shape, num_parts),
         scratch_types=list(scratch.values()),
-        grid=(shape.num_ctas // shape.cluster,),
+        grid=(shape.num_ctas,),
         grid_names=("cta",),
-        **({"cluster": (shape.cluster,), "cluster_names": ("rank",)} if shape.cluster > 1 else {}),
         num_threads=2 * shape.num_workers,
         thread_name="warpgroup",
     )

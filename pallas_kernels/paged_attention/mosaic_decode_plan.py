@@ -75,7 +75,6 @@ class DecodeShape:
     num_ctas: int
     scale: float  # on the scores, times log2(e)
     num_workers: int = 1  # in a CTA
-    cluster: int = 1  # CTAs that are launched together, and share nothing
 
     @property
     def heads(self) -> int:

@@ -28,7 +28,6 @@ class Config:
     """Key tokens in a block, blocks in flight, and CTAs, each of which has an SM to itself where blocks are this large.
 
     num_workers: of a decode CTA, each with `num_stages` blocks in flight; 1 to 3.
-    cluster: decode CTAs that the GPU launches together, so that what they leave suits kernels whose CTAs come in clusters.
     `num_ctas` is the share of the SMs that attention takes, all if None: give the rest of them to a matmul.
     """
 
@@ -36,7 +35,6 @@ class Config:
     num_stages: int = 3
     num_ctas: int | None = None
     num_workers: int = 1
-    cluster: int = 1
     prefill_block: int = 128
     prefill_stages: int = 2
 
@@ -51,8 +49,6 @@ class Config:
                 raise ValueError(f"{name}={count} must be positive")
         if self.num_workers not in (1, 2, 3):
             raise ValueError(f"num_workers={self.num_workers} must be 1, 2 or 3")
-        if self.cluster not in (1, 2) or (self.num_ctas or self.cluster) % self.cluster:
-            raise ValueError(f"cluster={self.cluster} must be 1 or 2 and divide num_ctas={self.num_ctas}")
 
     def decode_shape(self, q_shape, pages_shape, dtype, sm_scale: float) -> DecodeShape:
         """The decode kernel for q [T H h] and pages [L N K p h].
@@ -62,7 +58,7 @@ class Config:
             nobody says how many CTAs and the device does not either.
         """
         sizes = {"block": self.block, "num_stages": self.num_stages}
-        kind = functools.partial(DecodeShape, num_workers=self.num_workers, cluster=self.cluster)
+        kind = functools.partial(DecodeShape, num_workers=self.num_workers)
         return self._checked(kind, sizes, q_shape, pages_shape, dtype, sm_scale)
 
     def prefill_shape(self, q_shape, pages_shape, dtype, sm_scale: float) -> PrefillShape:

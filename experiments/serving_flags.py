@@ -74,7 +74,7 @@ def define(values: flags.FlagValues) -> None:
         "cuda_graphs",
         None,
         [graphs.value for graphs in Graphs],
-        "What a GPU is told to launch: see `Graphs`; if not given no graphs for steps on several streams, else some.",
+        "What a GPU is told to launch: see `Graphs`; if not given concurrent ones for steps on several streams, else some.",
     )
     count("expected_output_len", None, "Mean output in tokens, until one is known.")
 

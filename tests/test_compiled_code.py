@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import compiled_code, gpu_steps, kernel_resources, scheduled_hlo, thunk_plan
+from experiments.gpu_report import layer_times
 from nanojax.config import PRESETS
-from nanojax.pipeline import library, streams
+from nanojax.pipeline import compiler_options, execute, library, streams
 from nanojax.pipeline.ir import OpKind
 
 gpu_compile = pytest.mark.gpu_compile
@@ -221,6 +222,32 @@ def test_a_llama_8b_step_is_one_graph_that_overlaps_nano_batches_and_updates_the
     assert {region.stream for region in code.regions} == {"computation_stream[1]", "computation_stream[2]"}
     assert not [kernel for kernel in code.kernels if kernel.spill_bytes]
     assert all(code.target.blocks_per_core(kernel) >= 1 for kernel in code.kernels)
+
+
+@gpu_compile
+@needs_plugin
+def test_decode_attention_on_multiprocessors_of_its_own_begins_with_what_is_beside_it():
+    """Two layers as the report times them: an H200 ran attention beside the last product only, behind all others."""
+    step = layer_times.step_of(False)
+    step = dataclasses.replace(step, model=dataclasses.replace(step.model, num_layers=2))
+    forward = functools.partial(
+        execute.forward, step.model, pipeline=library.decode_beside_dense(step.num_tokens, 768),
+        use_streams=True, overlap="sm_exclusive",
+    )  # fmt: skip
+    args = jax.eval_shape(lambda: layer_times.arguments(step, 0))
+    code = compiled_code.compile_for(
+        compiled_code.target("h200"), forward, args, donate=[1], graphs=compiler_options.Graphs.CONCURRENT
+    )
+    dense = ["PfAttn", "O", "UG", "D", "KQV"]
+    overlap = code.overlap
+    beside = {
+        (start.layer, start.tokens): [overlap.starts[j].label for j in overlap.beside[i]]
+        for i, start in enumerate(overlap.starts)
+        if start.label == "DecAttn"
+    }
+    assert beside[1, "0:768"] == dense
+    assert beside[1, "768:2048"] == dense[:-1], "no layer after the last one"
+    assert code.graphs == ("kCommandBuffer",)
 
 
 @gpu_compile

@@ -119,7 +119,7 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def _measure(wanted: Mapping[str, Way], step: Step, setting: Setting) -> list[Row]:
-    args = _arguments(step, setting.seed)
+    args = arguments(step, setting.seed)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         waiting = {
             (name, depth): pool.submit(_compiled, way, step, depth, args)
@@ -170,8 +170,8 @@ def _compiled(way: Way, step: Step, depth: int, args: tuple) -> Callable[..., An
     return lowered.compile(compiler_options=options_here(way.launched))
 
 
-def _arguments(step: Step, seed: int) -> tuple[Any, KVPages, RaggedBatch]:
-    """Random weights, keys and values, and the batch; pages lie scattered."""
+def arguments(step: Step, seed: int) -> tuple[Any, KVPages, RaggedBatch]:
+    """Random weights, keys and values, and the batch; pages lie scattered.  Traceable."""
     model, rng = step.model, np.random.default_rng(seed)
     params = jax.jit(lambda key: decoder.init_params(model, key, jnp.dtype("bfloat16")))(jax.random.key(seed))
     spread = np.linspace(0.5, 1.5, step.num_decode) * step.context_len

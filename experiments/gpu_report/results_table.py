@@ -60,14 +60,12 @@ def aims(out: pathlib.Path) -> Iterator[tuple[str, float | None, str, str]]:
     if percent is not None:
         yield "end to end, % of optimal", percent, ">= 72", _met(percent >= 72)
     for lengths in dict.fromkeys(row.get("lengths") for row in served):
-        rates = {
-            row["pipeline"]: row["total_tokens_per_s"]
-            for row in served
-            if row.get("lengths") == lengths and row.get("driver") == "dispatch_ahead"
-        }
-        if {"sequential", "overlap"} <= set(rates):
-            gain = rates["overlap"] / rates["sequential"]
-            yield f"overlap over sequential, {lengths}", gain, ">= 1.10", _met(gain >= 1.10)
+        own = [row for row in served if row.get("lengths") == lengths and row.get("driver") == "dispatch_ahead"]
+        in_order = _best([row for row in own if row["pipeline"] == "sequential"], "total_tokens_per_s", max)
+        overlapped = _best([row for row in own if row.get("uses_streams")], "total_tokens_per_s", max)
+        if in_order and overlapped:
+            gain = overlapped / in_order
+            yield f"best overlap over sequential, {lengths}", gain, ">= 1.10", _met(gain >= 1.10)
 
 
 def _attention_aims(out: pathlib.Path, speeds: Rows) -> Iterator[tuple[str, float | None, str, str]]:

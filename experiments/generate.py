@@ -40,6 +40,8 @@ def run(values: flags.FlagValues) -> None:
         if (values.prompt is None) == (values.requests is None):
             raise ValueError("give either --prompt or --requests")
         data = b"" if values.requests is None else pathlib.Path(values.requests).read_bytes()
+        if values.out is not None:  # said before the work, not after
+            pathlib.Path(values.out).open("a").close()
         loaded = serving.load(values)
         engine = serving.engine(values, loaded, SamplingParts() if values.prompt is None else None)
         if values.prompt is not None:

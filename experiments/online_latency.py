@@ -103,8 +103,8 @@ def arrivals(values: flags.FlagValues, loaded: serving.LoadedModel, setting: flo
     at_speed = [dataclasses.replace(r, arrival_s=(r.arrival_s - requests[0].arrival_s) / setting) for r in requests]
     if values.duration_s:
         at_speed = [r for r in at_speed if r.arrival_s <= values.duration_s]
-    if len(at_speed) < 2:
-        raise ValueError(f"fewer than 2 requests of {values.trace} arrive within duration_s={values.duration_s}")
+    if len(at_speed) < 2 or not at_speed[-1].arrival_s > 0:
+        raise ValueError(f"fewer than 2 arrival times of {values.trace} are within duration_s={values.duration_s}")
     return at_speed
 
 

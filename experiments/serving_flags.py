@@ -83,7 +83,7 @@ def define(values: flags.FlagValues) -> None:
     count("num_pages", engine.num_pages, "KV pages in the pool.")
     count("num_slots", engine.num_slots, "Requests resident at once.")
     count("max_len", engine.max_len, "Longest prompt + output; the model's limit if that is lower and this not given.")
-    flag("check_invariants", False, "Check the laws of the state after every launch.")
+    flag("check_invariants", False, "Check the laws of the state after every step.")
 
     flags.DEFINE_integer("seed", 0, "Of prompts, arrivals and samples.", lower_bound=0, flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0, flag_values=values)

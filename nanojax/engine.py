@@ -135,7 +135,9 @@ def load(state: EngineState, new: Arrivals) -> EngineState:
 def cancel(state: EngineState, mask: Bool[Array, "S"]) -> EngineState:
     """Forgets the masked slots' requests; their pages are free at once.  Consumes `state`."""
     s = state.scheduler
-    gone = dataclasses.replace(s, resident=s.resident & ~mask, active=s.active & ~mask)
+    gone = dataclasses.replace(
+        s, resident=s.resident & ~mask, active=s.active & ~mask, waited=jnp.where(mask, 0, s.waited)
+    )
     return dataclasses.replace(state, scheduler=gone, pool=kv_cache.release(state.pool, mask))
 
 

@@ -23,6 +23,9 @@ from nanojax.ordering import in_order
 HISTORY_LEN = 256
 """Finished output lengths that are remembered for the forecasts."""
 
+PATIENCE = 64
+"""Steps in which an active request may get nothing before it comes first, whatever its priority."""
+
 
 @flax.struct.dataclass
 class SchedulerState:
@@ -39,6 +42,8 @@ class SchedulerState:
     expected_tokens: Int32[Array, "S"]
     """Prompt and output as an oracle knows them (traces do); equals `max_tokens` when nobody knows."""
     arrival: Int32[Array, "S"]
+    waited: Int32[Array, "S"]
+    """Steps since the active request last got a token of the budget."""
     finished_lens: Int32[Array, "W"]
     """Ring buffer of the last finished output lengths, `W = HISTORY_LEN`."""
     num_finished: Int32[Array, ""]
@@ -122,7 +127,7 @@ def init(num_slots: int) -> SchedulerState:
 
     return SchedulerState(
         request_id=zeros() - 1, resident=zeros() > 0, active=zeros() > 0, num_tokens=zeros(), num_computed=zeros(),
-        prompt_len=zeros(), max_tokens=zeros(), expected_tokens=zeros(), arrival=zeros(),
+        prompt_len=zeros(), max_tokens=zeros(), expected_tokens=zeros(), arrival=zeros(), waited=zeros(),
         finished_lens=jnp.zeros((HISTORY_LEN,), jnp.int32), num_finished=jnp.int32(0),
     )  # fmt: skip
 
@@ -202,7 +207,8 @@ def plan(
 
     In order of phase and priority each request takes what it still has to compute, cut by the tokens and by the pages that
     are left (a chunk may fill what its last page has room for when no page is free).  When the requests are short of pages,
-    the youngest that holds some is preempted, and its pages serve this step.
+    the youngest that holds some is preempted, and its pages serve this step.  Whoever got nothing for `PATIENCE` steps comes
+    first, the earlier arrival before the later one: under a priority that lets others pass, nobody active waits for ever.
     """
     page_size = config.page_size
     preempt, num_freed = _preempt_youngest(config, state, pool)
@@ -211,8 +217,9 @@ def plan(
 
     is_chunk = todo > 1
     late_phase = is_chunk if policy.phase_order is PhaseOrder.DECODE_FIRST else ~is_chunk
-    rank = jnp.where(todo == 0, 2, late_phase)
-    order = in_order(rank, policy.priority(state), state.arrival)
+    is_first = state.waited >= PATIENCE
+    rank = jnp.where(todo == 0, 2, late_phase & ~is_first)
+    order = in_order(rank, jnp.where(is_first, _BEFORE_ALL, policy.priority(state)), state.arrival)
 
     todo = todo[order]
     room = jnp.where(todo > 0, (pool.num_pages * page_size - state.num_computed)[order], 0)  # else the slot is stale
@@ -251,6 +258,7 @@ def commit(
         active=state.active & ~finished & ~step_plan.preempt,
         num_computed=num_computed,
         num_tokens=num_tokens,
+        waited=jnp.where(state.active & ~step_plan.preempt & (step_plan.q_lens == 0), state.waited + 1, 0),
         finished_lens=state.finished_lens.at[place].set(num_tokens - state.prompt_len, mode="drop"),
         num_finished=state.num_finished + jnp.sum(finished, dtype=jnp.int32),
     )
@@ -289,6 +297,7 @@ def _preempt_youngest(
 
 
 _LAST = jnp.iinfo(jnp.int32).max
+_BEFORE_ALL = -(2**30)
 
 
 def _exclusive_cumsum(x: Int32[Array, "n"]) -> Int32[Array, "n"]:

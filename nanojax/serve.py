@@ -60,7 +60,8 @@ class Engine:
     as requests finish and steps are read; `reset_metrics` empties them.  `pipelines` says how steps of a token budget run
     (ValueError as `execute.forward_per_budget`), `use_streams` whether on the GPU streams they name, `overlap` how these divide the
     GPU (as in `execute.forward`), `graphs` what the host launches there (`compiler_options.best_graphs` if None); `forward` takes
-    the place of the model, pipelines included.
+    the place of the model, pipelines included.  `check_invariants` checks the state's laws after every step, so that a launch of
+    the device loop is one step, not `steps_per_launch`.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Engine:
 
         self._launch = {
             budget: jax.jit(
-                _launch_fn(driver, config, policy, own, budget, steps_per_launch),
+                _launch_fn(driver, config, policy, own, budget, 1 if check_invariants else steps_per_launch),
                 donate_argnums=1,
                 compiler_options=options(budget),
             )

@@ -13,6 +13,7 @@ class Row:
     pages: int
     active: bool
     rank: int = 0
+    is_first: bool = False
 
     @property
     def todo(self) -> int:
@@ -33,7 +34,13 @@ def plan(rows: list[Row], num_free: int, budget: int, page_size: int, decode_fir
         victim = max(holders, key=lambda row: row.arrival)
         num_free += victim.pages
     runnable = [row for row in active if row is not victim]
-    runnable.sort(key=lambda row: ((row.todo > 1) == decode_first, row.rank, row.arrival))
+    runnable.sort(
+        key=lambda row: (
+            (False, False, 0, row.arrival)
+            if row.is_first
+            else (True, (row.todo > 1) == decode_first, row.rank, row.arrival)
+        )
+    )
     tokens = {id(row): 0 for row in rows}
     for row in runnable:
         room = row.pages * page_size - row.num_computed

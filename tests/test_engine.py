@@ -14,6 +14,7 @@ from nanojax import engine as core
 from nanojax import serve
 from nanojax.config import GREEDY, SamplingParts
 from nanojax.serve import Driver
+from nanojax.weights.tokenizer import Tokenizer
 from nanojax.workload import Request, SamplingParams
 
 REQUESTS = tiny.requests(14, temperature=(0.0, 1.0, 0.8), logprobs=True)
@@ -64,7 +65,8 @@ VARIANTS = {
         {"driver": Driver.DEVICE_LOOP, "steps_per_launch": 5, "check_invariants": False},
     ),
     "host waits": (tiny.ENGINE, {"driver": Driver.HOST_SYNC}),
-    "device loop": (tiny.ENGINE, {"driver": Driver.DEVICE_LOOP, "steps_per_launch": 3}),
+    "device loop": (tiny.ENGINE, {"driver": Driver.DEVICE_LOOP, "steps_per_launch": 3, "check_invariants": False}),
+    "device loop, each step checked": (TIGHT, {"driver": Driver.DEVICE_LOOP}),
     "peak memory": (TIGHT, {"policy": tiny.policy("peak_memory")}),
     "past future": (TIGHT, {"policy": tiny.policy("past_future")}),
     "reserve": (TIGHT, {"policy": tiny.policy("reserve_max")}),
@@ -73,6 +75,7 @@ VARIANTS = {
     "static batches": (tiny.ENGINE, {"policy": tiny.policy(batching="static")}),
     "few slots": (dataclasses.replace(tiny.ENGINE, num_slots=2), {}),
     "reference attention": (tiny.ENGINE, {"attention": "reference"}),
+    "xla attention": (TIGHT, {"attention": "xla"}),
     "tight pages, as on a GPU": (TIGHT, {"policy": tiny.policy("peak_memory")}),
 }
 
@@ -134,40 +137,69 @@ def test_one_trace_serves_everything():
     assert sorted(traces) == list(tiny.ENGINE.token_budgets), "each rung is traced once"
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """A step lowered over a cache that dwarfs everything else, so that a copy of it cannot hide: (lowered, bytes of KV)."""
-    engine = tiny.engine(dataclasses.replace(tiny.ENGINE, num_pages=4096))
-    leaves, structure = jax.tree.flatten(engine._state)
-
-    def step(params, leaves):
-        return jax.tree.leaves(engine._launch[32].__wrapped__(params, jax.tree.unflatten(structure, leaves)))
-
+@pytest.mark.parametrize(
+    ("driver", "kv_dtype"), [(Driver.DISPATCH_AHEAD, jnp.float32), (Driver.DEVICE_LOOP, jnp.uint16)]
+)
+def test_a_launch_updates_kv_in_place_and_calls_no_host(driver, kv_dtype, unchecked):
+    """Over a cache that dwarfs everything else, so that a copy of it cannot hide."""
+    config = dataclasses.replace(tiny.ENGINE, num_pages=4096)
+    engine = tiny.engine(config, driver=driver, kv_dtype=kv_dtype, check_invariants=False)
     kv_bytes = sum(x.nbytes for x in jax.tree.leaves(engine._state.kv))
-    return jax.jit(step, donate_argnums=1).lower(engine._params, leaves), kv_bytes
-
-
-def test_kv_is_updated_in_place(compiled):
-    lowered, kv_bytes = compiled
+    lowered = engine._launch[32].lower(engine._params, engine._state)
+    assert "callback" not in lowered.as_text()
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= kv_bytes
     assert memory.temp_size_in_bytes < kv_bytes / 4, f"{memory.temp_size_in_bytes} B of temporaries, KV is {kv_bytes} B"
 
 
-def test_no_host_callback_in_the_step(compiled):
-    assert "callback" not in compiled[0].as_text()
+@pytest.fixture(scope="module", params=list(Driver))
+def any_driver(request):
+    """An engine with a text for each token, of each driver; of several steps a launch where the driver has them."""
+    tokenizer = Tokenizer(str.encode, tuple(f"<{i}>".encode() for i in range(tiny.LLAMA.vocab_size)), (), None)
+    engine = tiny.engine(
+        driver=request.param, tokenizer=tokenizer, steps_per_launch=2,
+        check_invariants=request.param is not Driver.DEVICE_LOOP,
+    )  # fmt: skip
+    yield engine
+    assert engine.num_unfinished == 0
+    assert int(engine._state.pool.num_free) == tiny.ENGINE.num_pages
 
 
-def test_a_cancelled_requests_pages_come_back_at_once(shared_engine):
-    engine = shared_engine
+def test_a_stop_string_ends_its_request_and_no_other(any_driver):
+    """The device does not know of it: it may be a step ahead when the host reads the token that completes the string."""
+    asked = [dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, logprobs=False)) for r in REQUESTS[:6]]
+    free = {o.request_id: o for o in any_driver.generate(asked)}
+    stopped = max(asked, key=lambda r: len(free[r.request_id].token_ids))
+    tokens = free[stopped.request_id].token_ids
+    assert len(tokens) > 6
+    stop = f"{tokens[2]}><{tokens[3]}>"  # across two tokens, from the middle of one
+    text = free[stopped.request_id].text
+    assert text == "".join(f"<{token}>" for token in tokens)
+    how = dataclasses.replace(stopped.sampling, stop=("nowhere", stop))
+    any_driver.reset_metrics()
+    outputs = any_driver.generate([dataclasses.replace(r, sampling=how) if r is stopped else r for r in asked])
+    for output in outputs:
+        whole = free[output.request_id]
+        if output.request_id != stopped.request_id:
+            assert (output.token_ids, output.text, output.finish_reason) == (whole.token_ids, whole.text, "length")
+    output = next(o for o in outputs if o.request_id == stopped.request_id)
+    assert (output.finish_reason, output.text) == ("stop", text[: text.index(stop)])
+    assert output.text + stop == "".join(f"<{token}>" for token in output.token_ids)
+
+
+def test_a_cancelled_requests_pages_come_back_at_once(any_driver):
+    engine = any_driver
     engine.reset_metrics()
     for request in tiny.requests(4, max_tokens=18):
         engine.submit(request)
     for _ in range(3):
         engine.poll()
+    held = np.asarray(engine._state.pool.num_pages)[engine._live[engine._serial_of["r1"]].slot]
+    num_free = int(engine._state.pool.num_free)
     partial = engine.cancel("r1")
     assert partial.finish_reason == "cancelled"
-    assert int(engine._state.pool.num_pages.sum()) + int(engine._state.pool.num_free) == tiny.ENGINE.num_pages
+    assert held > 0
+    assert int(engine._state.pool.num_free) == num_free + held
     assert int(engine._state.scheduler.resident.sum()) == 3
     with pytest.raises(KeyError):
         engine.cancel("r1")
@@ -290,6 +322,16 @@ def test_records_tell_the_order_of_events(shared_engine):
     tokens = sum(s.num_decode_tokens + s.num_prefill_tokens for s in engine.steps)
     assert tokens == sum(r.input_len + r.output_len - 1 for r in engine.records), "each token is computed exactly once"
     assert all(s.num_decode_tokens + s.num_prefill_tokens <= s.token_budget for s in engine.steps)
+
+
+def test_light_load_runs_on_small_steps(shared_engine):
+    engine = shared_engine
+    engine.reset_metrics()
+    engine.generate([Request("alone", (1, 2, 3), SamplingParams(max_tokens=8))])
+    assert {step.token_budget for step in engine.steps} == {min(tiny.ENGINE.token_budgets)}
+    engine.reset_metrics()
+    engine.generate(tiny.requests(6, max_tokens=4))
+    assert engine.steps[0].token_budget == max(tiny.ENGINE.token_budgets)
 
 
 def test_a_full_budget_is_filled_exactly():

@@ -56,13 +56,14 @@ def states(draw):
             computed, pages = 0, 0
         free -= pages
         extra = draw(st.integers(1, 10))
-        rows.append((resident, active, prompt, num_tokens, computed, pages, num_tokens + extra, slot))
+        waited = draw(st.sampled_from([0, scheduler.PATIENCE - 1, scheduler.PATIENCE]))
+        rows.append((resident, active, prompt, num_tokens, computed, pages, num_tokens + extra, slot, waited))
     order = draw(st.permutations(range(S)))
     return rows, order
 
 
 def arrays(rows, order):
-    resident, active, prompt, num_tokens, computed, pages, limit, _ = (
+    resident, active, prompt, num_tokens, computed, pages, limit, _, waited = (
         np.array(column) for column in zip(*rows, strict=True)
     )
     state = scheduler.init(S)
@@ -71,6 +72,7 @@ def arrays(rows, order):
         num_tokens=jnp.array(num_tokens, jnp.int32), num_computed=jnp.array(computed, jnp.int32),
         max_tokens=jnp.array(limit, jnp.int32), expected_tokens=jnp.array(limit, jnp.int32),
         arrival=jnp.array(order, jnp.int32), request_id=jnp.arange(S, dtype=jnp.int32),
+        waited=jnp.array(waited, jnp.int32),
     )  # fmt: skip
     pool = kv_cache.grow(kv_cache.init_pool(CONFIG), jnp.array(pages, jnp.int32), N)
     return state, pool
@@ -84,7 +86,7 @@ def test_plan_equals_python(phase_order, data, budget):
     state, pool = arrays(rows, order)
     step_plan = jitted_plan(phase_order)(state, pool, jnp.int32(budget))
     oracle = [
-        python_scheduler.Row(arrival=a, num_tokens=r[3], num_computed=r[4], pages=r[5], active=r[1], rank=r[2])
+        python_scheduler.Row(a, r[3], r[4], r[5], active=r[1], rank=r[2], is_first=r[8] >= scheduler.PATIENCE)
         for r, a in zip(rows, order, strict=True)
     ]
     tokens, victim = python_scheduler.plan(
@@ -97,6 +99,9 @@ def test_plan_equals_python(phase_order, data, budget):
     q, new = np.asarray(step_plan.q_lens), np.asarray(step_plan.new_pages)
     assert q.sum() <= budget
     freed = rows[victim][5] if victim is not None else 0
+    runs = [r for i, r in enumerate(rows) if r[1] and i != victim]
+    if sum(-(-r[3] // PAGE) - r[5] for r in runs) <= int(pool.num_free) + freed:  # pages for all that is to be computed
+        assert q.sum() == min(budget, sum(r[3] - r[4] for r in runs)), "the budget is filled exactly"
     assert new.sum() <= int(pool.num_free) + freed
     assert victim is None or freed > 0, "a preemption that frees no page"
     for row, taken, added in zip(rows, q, new, strict=True):
@@ -107,8 +112,36 @@ def test_plan_equals_python(phase_order, data, budget):
     assert (laid_out[:num_decode] == 1).all()
     assert (laid_out[num_decode : num_decode + (q > 1).sum()] > 1).all()
     assert sorted(np.asarray(step_plan.order).tolist()) == list(range(S))
-    if any(r[1] for r in rows) and victim is None and sum(r[1] for r in rows) > 1:
+    if any(r[1] for r in rows):
         assert q.sum() > 0, "active requests, and none moves"
+
+
+@pytest.mark.parametrize(("patience", "num_steps"), [(scheduler.PATIENCE, scheduler.PATIENCE), (10**6, None)])
+def test_no_active_request_starves(patience, num_steps, monkeypatch):
+    """A long prompt waits, while shorter ones come without end, each of which could have the whole budget."""
+    monkeypatch.setattr(scheduler, "PATIENCE", patience)
+
+    @jax.jit
+    def step(state):
+        step_plan = scheduler.plan(CONFIG, policy(), state, kv_cache.init_pool(CONFIG), jnp.int32(4))
+        nothing = jnp.zeros(S, bool)
+        return step_plan.q_lens[0], scheduler.commit(state, step_plan, nothing, nothing)
+
+    def next_served(state):
+        for i in range(150):
+            lens = jnp.full(S, 4, jnp.int32).at[0].set(20)
+            others = jnp.arange(S, dtype=jnp.int32).at[1:].add(i * S)  # all but the first are new in each step
+            state = state.replace(
+                num_tokens=lens, prompt_len=lens, num_computed=jnp.zeros_like(lens), arrival=others,
+                waited=jnp.where(others == 0, state.waited, 0),
+            )  # fmt: skip
+            granted, state = step(state)
+            if granted:
+                return i
+        return None
+
+    everybody = jnp.ones(S, bool)
+    assert next_served(scheduler.init(S).replace(resident=everybody, active=everybody)) == num_steps
 
 
 @settings(max_examples=200, deadline=None)

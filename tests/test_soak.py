@@ -17,6 +17,7 @@ from nanojax import engine as core
 from nanojax import invariants
 from nanojax.config import GREEDY, EngineConfig, ModelConfig
 from nanojax.sampling import NO_TOKEN
+from nanojax.scheduler import PATIENCE
 
 V = 31
 MODEL = ModelConfig("oracle", 1, 4, 1, 1, 1, 4, V, 64)
@@ -74,25 +75,34 @@ def random_arrivals(key, state, first_id):
 def soak(policy, key, state, first_id):
     """500 steps; returns the state, the next free id, and what happened."""
 
+    def outputs(state, mask):
+        return jnp.sum(jnp.where(mask, state.scheduler.num_tokens - state.scheduler.prompt_len, 0))
+
     def body(carry, step_key):
-        state, first_id, broken, foreign, finished, preempted, cancelled, idle = carry
+        state, first_id, broken, foreign, finished, preempted, cancelled, idle, lost, longest_wait = carry
         k1, k2 = jax.random.split(step_key)
         state = random_arrivals(k1, state, first_id)
         victim = jax.random.bernoulli(k2, 0.01, (CONFIG.num_slots,)) & state.scheduler.resident
+        before = outputs(state, state.scheduler.resident & ~victim)
         state = core.cancel(state, victim)
         work = jnp.any(state.scheduler.resident)
         state, report = core.step(CONFIG, policy, forward, CONFIG.token_budgets[0], {}, state)
         idle += work & (report.num_decode_tokens + report.num_prefill_tokens == 0)
         broken |= ~invariants.holds(CONFIG, state)
         foreign += jnp.sum(report.token == 0)
-        finished += jnp.sum(report.finish != core.Finish.NOT)
+        has_ended = report.finish != core.Finish.NOT
+        finished += jnp.sum(has_ended)
+        # Each token that a request gained was reported, and who ends has all that it asked for.
+        gained = outputs(state, state.scheduler.resident | has_ended) - before
+        lost += gained != jnp.sum(report.token != NO_TOKEN)
+        lost += jnp.any(has_ended & (state.scheduler.num_tokens != state.scheduler.max_tokens))
         return (
             state, first_id + CONFIG.num_slots, broken, foreign, finished, preempted + jnp.sum(report.preempted),
-            cancelled + jnp.sum(victim), idle,
+            cancelled + jnp.sum(victim), idle, lost, jnp.maximum(longest_wait, jnp.max(state.scheduler.waited)),
         ), None  # fmt: skip
 
     zero = jnp.int32(0)
-    carry = (state, first_id, jnp.zeros(len(invariants.LAWS), bool), zero, zero, zero, zero, zero)
+    carry = (state, first_id, jnp.zeros(len(invariants.LAWS), bool), zero, zero, zero, zero, zero, zero, zero)
     return jax.lax.scan(body, carry, jax.random.split(key, STEPS_PER_LAUNCH))[0]
 
 
@@ -109,10 +119,14 @@ def test_soak(name):
     state, first_id = core.init(CONFIG, MODEL), jnp.int32(0)
     finished = preempted = cancelled = 0
     for i in range(100_000 // len(POLICIES) // STEPS_PER_LAUNCH):
-        state, first_id, broken, foreign, *counts, idle = soak(POLICIES[name], jax.random.key(i), state, first_id)
+        state, first_id, broken, foreign, *counts, idle, lost, longest_wait = soak(
+            POLICIES[name], jax.random.key(i), state, first_id
+        )
         assert not broken.any(), [law for law, b in zip(invariants.LAWS, np.asarray(broken), strict=True) if b]
         assert int(foreign) == 0, "a token read another request's KV"
         assert int(idle) == 0, "requests were there, and none moved"
+        assert int(lost) == 0, "a token that was not reported, or a request that ended too early"
+        assert int(longest_wait) < 2 * PATIENCE, "an active request starved"
         finished, preempted, cancelled = (
             a + int(b) for a, b in zip((finished, preempted, cancelled), counts, strict=True)
         )

@@ -157,7 +157,7 @@ def _time_parts(
     keys = jax.random.normal(key, (budget, model.num_kv_heads, model.head_dim))
     logits = jax.random.normal(key, (packed.row_slots.shape[0], model.vocab_size))
 
-    dense = jax.jit(functools.partial(_dense, model))
+    dense = jax.jit(functools.partial(_dense, model, kv.value_dtype))
     attend = jax.jit(functools.partial(_attend, model, values.attention))
     write = jax.jit(functools.partial(_write, model), donate_argnums=0)
     sample = jax.jit(functools.partial(_sample, config.sampling))
@@ -192,13 +192,13 @@ def _time_parts(
     return {name: float(np.median(times)) for name, times in seconds.items()}, dataclasses.replace(state, kv=kv)
 
 
-def _dense(model: ModelConfig, params, packed: RaggedBatch):
+def _dense(model: ModelConfig, kv_dtype: jnp.dtype, params, packed: RaggedBatch):
     """All that is computed per token without its context.  Queries stand where attention's result would."""
     bound = decoder.bind(model, params)
     rope = jax.lax.optimization_barrier(decoder.rope_angles(model, packed.positions))
     x, extent, stored = bound.embed_tokens(packed.tokens), Extent(packed.cu_q_lens[-1]), []
     for layer in bound.layers:
-        q, k, v = layer.project_qkv(x, rope, extent)
+        q, k, v = layer.project_qkv(x, rope, extent, kv_dtype)
         stored.append((k, v))  # given back, so that they are computed
         x = layer.project_out(x, q, extent)
         x = layer.down(x, layer.up_gate(x, extent=extent), extent)

@@ -110,7 +110,7 @@ def _project_qkv(model: ModelConfig, params, kv: KVPages, x):
     position = jnp.arange(t, dtype=jnp.int32)
     rope, queries = decoder.rope_angles(model, position), []
     for index, layer in enumerate(bound.layers):
-        q, k, v = layer.project_qkv(x, rope)
+        q, k, v = layer.project_qkv(x, rope, out_dtype=kv.value_dtype)
         kv = kv_cache.write(kv, index, k, v, position // page_size, position % page_size)
         x, q = jax.lax.optimization_barrier((x, q))
         queries.append(q)

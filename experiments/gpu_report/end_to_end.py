@@ -91,7 +91,11 @@ def points(is_smoke: bool) -> list[Point]:
     if is_smoke:
         return [point("12/6", "sequential"), point("12/6", "searched")]
     both = ("sequential", "decode beside dense")
-    found = [point(lengths, how) for lengths in ("512/512", "1024/512") for how in both]
+    fitted = {"use_streams": True, "overlap": "sm_exclusive"}
+    found = []
+    for lengths in fitted_lengths(is_smoke):
+        found += [point(lengths, how) for how in both]
+        found += [Point(lengths, "fitted", fitted_file(lengths), **fitted)]
     found += [point("512/512", how) for how in _WAYS if how not in both]
     found += [point("512/512", how, driver=driver) for how in both for driver in ("host_sync", "device_loop")]
     return found + [point(lengths, how) for lengths in ("512/1024", "sharegpt", "lmsys", "splitwise") for how in both]
@@ -211,9 +215,19 @@ def kv_bytes(memory_bytes: float | None, model: ModelConfig) -> float:
     return 1e6 if memory_bytes is None else memory_bytes - 2.0 * model.num_params - RESERVED_BYTES
 
 
-def search_target(setting: Setting, memory_bytes: float | None) -> tuple[tuple[float, float], int]:
-    """Mean prompt and output, and tokens of a step, of the first point: what a pipeline is searched for."""
-    found = steady_state.lengths(points(setting.is_smoke)[0].lengths, max_len=MAX_LEN, seed=setting.seed)
+def fitted_lengths(is_smoke: bool) -> tuple[str, ...]:
+    """Lengths that have a pipeline of their own (`fitted_file`); for the first of them one is searched for, too."""
+    return ("12/6",) if is_smoke else ("512/512", "1024/512")
+
+
+def fitted_file(lengths: str) -> str:
+    """Where `search_card` leaves what suits these lengths."""
+    return f"fitted-{lengths.replace('/', '-')}.pipeline.json"
+
+
+def search_target(setting: Setting, memory_bytes: float | None, lengths: str) -> tuple[tuple[float, float], int]:
+    """Mean prompt and output, and tokens of a step, of a steady state: what a pipeline is searched for."""
+    found = steady_state.lengths(lengths, max_len=MAX_LEN, seed=setting.seed)
     model = serving.SMOKE_CONFIG if setting.is_smoke else PRESETS[MODEL]
     capacity = steady_state.plan(
         found, model, max_budget=32 if setting.is_smoke else MAX_BUDGET, kv_bytes=kv_bytes(memory_bytes, model),

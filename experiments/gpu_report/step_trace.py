@@ -28,10 +28,12 @@ NUM_STEPS = 3
 
 
 def cases(setting: Setting) -> list[Case]:
-    """Sequential and overlapped."""
+    """In order, and decode attention beside dense operations."""
     wanted = [point for point in end_to_end.points(setting.is_smoke) if point.driver == "dispatch_ahead"]
     first = wanted[0].lengths
-    chosen = [point for point in wanted if point.lengths == first and point.how in ("sequential", "overlap")]
+    chosen = [
+        point for point in wanted if point.lengths == first and point.how in ("sequential", "decode beside dense")
+    ]
     if setting.is_smoke:
         chosen = chosen[:1]
     needs_s = 0.0 if setting.is_smoke else 25.0

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from nanojax.array_types import Array, Float, Int32, Key, Params
 from nanojax.config import ModelConfig, RopeScaling
@@ -19,6 +20,7 @@ from nanojax.models.layers import WHOLE, Extent, RMSNorm, contract, normal
 from nanojax.models.moe import MixtureOfExperts, Routes
 from pallas_kernels.device import platform
 from pallas_kernels.matmul import matmul, operand_dtype, pack
+from pallas_kernels.rope import rotate_qkv
 
 Rope = tuple[Float[Array, "t h2"], Float[Array, "t h2"]]
 """Cosine and sine of each token's rotation, float32."""
@@ -93,15 +95,13 @@ class DecoderLayer(nnx.Module):
         self.ffn = (MixtureOfExperts if config.num_experts else FeedForward)(config, dtype, rngs)
 
     def project_qkv(
-        self, x: Float[Array, "t D"], rope: Rope, extent: Extent = WHOLE
+        self, x: Float[Array, "t D"], rope: Rope, extent: Extent = WHOLE, out_dtype: DTypeLike = jnp.float32
     ) -> tuple[Float[Array, "t H h"], Float[Array, "t K h"], Float[Array, "t K h"]]:
-        """Norm, joint projection, optional query/key norm (Qwen3), rotation of queries and keys."""
+        """Norm, joint projection, optional query/key norm (Qwen3), rotation of queries and keys; rounded to `out_dtype`."""
         y = self.qkv(self.attn_norm(x, extent.num_tokens, operand_dtype(self.qkv.kernel[...])), extent)
-        t, num_kv_heads, width, head_dim = y.shape
-        q, k, v = y[:, :, :-2], y[:, :, -2:-1], y[:, :, -1]
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, rope).reshape(t, num_kv_heads * (width - 2), head_dim), rotate(k, rope)[:, :, 0], v
+            y = jnp.concatenate([self.q_norm(y[:, :, :-2]), self.k_norm(y[:, :, -2:-1]), y[:, :, -1:]], axis=2)
+        return rotate_qkv(y, *rope, num_tokens=extent.num_tokens, out_dtype=out_dtype)
 
     def project_out(
         self, x: Float[Array, "t D"], attended: Float[Array, "t H h"], extent: Extent = WHOLE
@@ -154,13 +154,6 @@ class Decoder(nnx.Module):
         table = (self.head if hasattr(self, "head") else self.embed).table[...]
         normed = self.final_norm(x, num_rows, operand_dtype(table))
         return matmul(normed, table, num_tokens=num_rows, is_transposed=True)
-
-
-def rotate(x: Float[Array, "t K n h"], rope: Rope) -> Float[Array, "t K n h"]:
-    """Rotary embedding, half-split (NeoX) order: dimension i turns with dimension i + h/2."""
-    cos, sin = (part[:, None, None] for part in rope)
-    x1, x2 = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
 def rope_angles(config: ModelConfig, positions: Int32[Array, "t"]) -> Rope:

@@ -146,11 +146,11 @@ def _run_in_order(
     for index, layer in enumerate(model.layers):
         with jax.named_scope(f"layer{index}"):
             with jax.named_scope("KQV"):
-                q, k, v = layer.project_qkv(x, rope, extent)
+                q, k, v = layer.project_qkv(x, rope, extent, kv.value_dtype)
                 kv = kv_cache.write(kv, index, k, v, batch.pages, offset)
             with jax.named_scope("Attn"):
                 attended = paged_attention(
-                    q.astype(kv.value_dtype), kv.k, kv.v, index, batch.kv_lens, batch.page_indices, batch.cu_q_lens,
+                    q, kv.k, kv.v, index, batch.kv_lens, batch.page_indices, batch.cu_q_lens,
                     batch.num_decode, implementation=attention,
                 )  # fmt: skip
             with jax.named_scope("O"):

@@ -229,8 +229,8 @@ class _Loop:
         cos, sin = (part[tokens.start : tokens.stop] for part in self.rope)
 
         def project() -> Any:
-            results = self.layers[layer].project_qkv(self.pieces.get(INPUT, layer, tokens), (cos, sin), extent)
-            results = tuple(result.astype(self.kv.value_dtype) for result in results)
+            x = self.pieces.get(INPUT, layer, tokens)
+            results = self.layers[layer].project_qkv(x, (cos, sin), extent, self.kv.value_dtype)
             return jnp.concatenate(results, axis=1) if self.use_streams else results
 
         return self._launch(node, project)

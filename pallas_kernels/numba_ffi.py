@@ -73,6 +73,16 @@ def buffer(frame, is_result, index):
 
 @numba.njit(forceinline=True)
 @typing.no_type_check
+def clear_rows(out, stride, first, stop, num_bytes):
+    """Zeroes `num_bytes` bytes, a multiple of 8, of the rows `first` to `stop`, which lie `stride` bytes apart from `out` on."""
+    for row in range(first, stop):
+        values = array(out + stride * row, np.int64, num_bytes // 8)
+        for i in range(num_bytes // 8):
+            values[i] = 0
+
+
+@numba.njit(forceinline=True)
+@typing.no_type_check
 def attribute(frame, index):
     """The 8 bytes, as int64, of the attribute at place `index` of the attributes' names in alphabetical order."""
     scalar = array(array(frame[FRAME_ATTRS], np.int64, index + 1)[index], np.int64, 2)

@@ -31,9 +31,8 @@ from pallas_kernels.matmul.panels import (
     TO_ADDED,
     WIDTH,
     X,
-    clear_padding,
 )
-from pallas_kernels.numba_ffi import Work, array, fetch_line
+from pallas_kernels.numba_ffi import Work, array, clear_rows, fetch_line
 from pallas_kernels.numba_vectors16 import INT64
 
 ROWS = 16
@@ -204,7 +203,7 @@ def make_work(sources, form):
                     gate_rows(targets[0], rows, outs[0], out_stride)
                     if has_two:
                         gate_rows(targets[1], rows, outs[1], out_stride)
-            clear_padding(out, out_stride, num_tokens, num_rows, panel_out_bytes)
+            clear_rows(out, out_stride, num_tokens, num_rows, panel_out_bytes)
         release_tiles()
         buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 
@@ -250,7 +249,7 @@ def make_transposed_work(sources):
                     target = array(out + out_stride * (token + row), np.float32, PANEL)
                     for column in range(PANEL):
                         target[column] = source[column]
-            clear_padding(out, out_stride, num_tokens, num_rows, 4 * PANEL)
+            clear_rows(out, out_stride, num_tokens, num_rows, 4 * PANEL)
         release_tiles()
         buffer_[0] = 0
 

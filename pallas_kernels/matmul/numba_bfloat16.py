@@ -24,9 +24,8 @@ from pallas_kernels.matmul.panels import (
     TO_ADDED,
     WIDTH,
     X,
-    clear_padding,
 )
-from pallas_kernels.numba_ffi import Work, array, fetch_line, prefetch
+from pallas_kernels.numba_ffi import Work, array, clear_rows, fetch_line, prefetch
 from pallas_kernels.numba_vectors16 import FLOATS, INT64, WORD, WORDS, BFloat, address, constant, load, splat
 
 AHEAD = 2  # panels: with two threads the next panel of this one is the one after the next
@@ -128,7 +127,7 @@ def make_work(sources, form):
         packed = sums + 4 * MOST_TOKENS * PANEL
         for panel in range(first, stop):
             out = job[OUT] + panel_out_bytes * panel
-            clear_padding(out, out_stride, num_tokens, job[NUM_ROWS], panel_out_bytes)
+            clear_rows(out, out_stride, num_tokens, job[NUM_ROWS], panel_out_bytes)
             if is_packed:
                 packed = job[KERNEL] + panel_bytes * panel
             else:

@@ -25,9 +25,8 @@ from pallas_kernels.matmul.panels import (
     TO_ADDED,
     WIDTH,
     X,
-    clear_padding,
 )
-from pallas_kernels.numba_ffi import LANES, Work, array, fetch_line
+from pallas_kernels.numba_ffi import LANES, Work, array, clear_rows, fetch_line
 from pallas_kernels.numba_vectors16 import INT64, WORD, address
 
 ROWS = 12 if LANES == 16 else 6  # tokens of a tile: 24 of 32 registers hold sums, or 12 of 16
@@ -185,7 +184,7 @@ def make_work(sources, element_bytes, is_transposed):
         fetch_stride = PANEL * element_bytes if is_transposed else row_stride
         for panel in range(first, stop):
             out = job[OUT] + 4 * PANEL * panel
-            clear_padding(out, out_stride, num_tokens, job[NUM_ROWS], 4 * PANEL)
+            clear_rows(out, out_stride, num_tokens, job[NUM_ROWS], 4 * PANEL)
             if num_tokens == 0:
                 continue
             source = kernel + panel_stride * panel

@@ -28,13 +28,3 @@ def make_describe(sources, num_columns):
         return job[NUM_COLUMNS] // num_columns
 
     return describe
-
-
-@numba.njit(forceinline=True)
-@typing.no_type_check
-def clear_padding(out, stride, first, stop, num_bytes):
-    """Zeroes a panel's columns, of `num_bytes` bytes, in the result's rows `first` to `stop`; `out` is where its first row begins."""
-    for row in range(first, stop):
-        values = array(out + stride * row, np.int64, num_bytes // 8)
-        for i in range(num_bytes // 8):
-            values[i] = 0

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import numba_vectors16
-from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, Work, array, buffer, fingerprint, register
+from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, Work, array, buffer, clear_rows, fingerprint, register
 from pallas_kernels.numba_vectors16 import (
     FLOAT,
     FLOATS,
@@ -113,13 +113,9 @@ def make_work(sources, out_bytes):
     def work(job_at, first, stop):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         length, eps = job[LENGTH], array(job[EPS], np.float32, 1)[0]
-        for row in range(ROWS * first, min(ROWS * stop, job[NUM_ROWS])):
-            out = job[OUT] + out_bytes * length * row
-            if row < job[NUM_TOKENS]:
-                norm_row(job[X] + 4 * length * row, job[SCALE], eps, length // WIDTH, out, out_bytes)
-            else:
-                values = array(out, np.int16, out_bytes // 2 * length)
-                for i in range(out_bytes // 2 * length):
-                    values[i] = 0
+        begin, end, row_bytes = ROWS * first, min(ROWS * stop, job[NUM_ROWS]), out_bytes * length
+        for row in range(begin, min(end, job[NUM_TOKENS])):
+            norm_row(job[X] + 4 * length * row, job[SCALE], eps, length // WIDTH, job[OUT] + row_bytes * row, out_bytes)
+        clear_rows(job[OUT], row_bytes, max(begin, job[NUM_TOKENS]), end, row_bytes)
 
     return work

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import numba_vectors16
-from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, Work, array, buffer, fingerprint, register
+from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, Work, array, buffer, clear_rows, fingerprint, register
 from pallas_kernels.numba_vectors16 import INT64, WIDTH, load, scale_row, store_vector
 
 X, COS, SIN, Q, K, V, NUM_TOKENS, NUM_ROWS, NUM_KV_HEADS, NUM_HEADS, HEAD_DIM, NUM_WORDS = range(12)
@@ -91,12 +91,6 @@ def rotate_head(typing_context, x, cos, sin, half, out, out_bytes):
 def make_work(sources, out_bytes):
     """The work on blocks of rows."""
 
-    @numba.njit(forceinline=True)
-    def clear(address, num_values):
-        values = array(address, np.int16, out_bytes // 2 * num_values)
-        for i in range(out_bytes // 2 * num_values):
-            values[i] = 0
-
     @numba.cfunc(Work, error_model="numpy", cache=True)
     @typing.no_type_check
     def work(job_at, first, stop):
@@ -104,22 +98,22 @@ def make_work(sources, out_bytes):
         num_kv_heads, num_heads, head_dim = job[NUM_KV_HEADS], job[NUM_HEADS], job[HEAD_DIM]
         half = head_dim // (2 * WIDTH)
         head, out_head = 4 * head_dim, out_bytes * head_dim
-        for row in range(ROWS * first, min(ROWS * stop, job[NUM_ROWS])):
-            q = job[Q] + out_head * num_kv_heads * num_heads * row
-            k, v = job[K] + out_head * num_kv_heads * row, job[V] + out_head * num_kv_heads * row
-            if row < job[NUM_TOKENS]:
-                x = job[X] + head * num_kv_heads * (num_heads + 2) * row
-                cos, sin = job[COS] + head // 2 * row, job[SIN] + head // 2 * row
-                for _ in range(num_kv_heads):
-                    for _ in range(num_heads):
-                        rotate_head(x, cos, sin, half, q, out_bytes)
-                        x, q = x + head, q + out_head
-                    rotate_head(x, cos, sin, half, k, out_bytes)
-                    scale_row(x + head, np.float32(1), v, 2 * half, out_bytes)
-                    x, k, v = x + 2 * head, k + out_head, v + out_head
-            else:
-                clear(q, num_kv_heads * num_heads * head_dim)
-                clear(k, num_kv_heads * head_dim)
-                clear(v, num_kv_heads * head_dim)
+        q_bytes, kv_bytes = out_head * num_kv_heads * num_heads, out_head * num_kv_heads  # of a row
+        begin, end = ROWS * first, min(ROWS * stop, job[NUM_ROWS])
+        for row in range(begin, min(end, job[NUM_TOKENS])):
+            x = job[X] + head * num_kv_heads * (num_heads + 2) * row
+            cos, sin = job[COS] + head // 2 * row, job[SIN] + head // 2 * row
+            q, k, v = job[Q] + q_bytes * row, job[K] + kv_bytes * row, job[V] + kv_bytes * row
+            for _ in range(num_kv_heads):
+                for _ in range(num_heads):
+                    rotate_head(x, cos, sin, half, q, out_bytes)
+                    x, q = x + head, q + out_head
+                rotate_head(x, cos, sin, half, k, out_bytes)
+                scale_row(x + head, np.float32(1), v, 2 * half, out_bytes)
+                x, k, v = x + 2 * head, k + out_head, v + out_head
+        padding = max(begin, job[NUM_TOKENS])
+        clear_rows(job[Q], q_bytes, padding, end, q_bytes)
+        clear_rows(job[K], kv_bytes, padding, end, kv_bytes)
+        clear_rows(job[V], kv_bytes, padding, end, kv_bytes)
 
     return work

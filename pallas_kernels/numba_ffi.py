@@ -251,7 +251,14 @@ def register(name: str, describe: Any, work: Any, *, num_words: int, items_per_t
 
     The pool promises nothing: a task may start late, after the call is over, or never.  So threads take items in turns from
     a counter, the calling thread takes turns like the others, and waits only for turns that another thread has begun.
+
+    Raises TypeError where `describe` or `work` closes over anything but integers: numba's key on disk holds that, and a compiled
+    function is another one in each process, so that the machine code would never be found again.
     """
+    for function in (describe, work):
+        for cell in function._pyfunc.__closure__ or ():
+            if not isinstance(cell.cell_contents, int):
+                raise TypeError(f"{name}: {function.__name__} closes over {cell.cell_contents!r}, not an integer")
     describe_at, work_at, task_at = (np.int64(int(function.address)) for function in (describe, work, cast(Any, _task)))
 
     @numba.cfunc(numba.types.int64(numba.types.CPointer(numba.types.int64)), error_model="numpy")

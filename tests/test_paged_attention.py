@@ -318,16 +318,22 @@ def test_a_scale_that_turns_the_order_of_scores_is_refused(sm_scale):
 
 
 @needs_numba
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_kept_machine_code_is_found_again(dtype):
-    """numba's key holds what a function closes over: numbers, as a compiled function is another one in each process."""
+def test_a_kernel_whose_machine_code_would_not_be_found_again_is_refused():
+    """One that closes over a compiled function, which is another one in each process."""
+    import numba
+
     from pallas_kernels import numba_ffi
 
-    attend(as_bits(tiny_args(tiny(BATCHES["decode then prefill"]), dtype)), "numba")
-    kept = [one for name, (*both, _) in numba_ffi._KEPT.items() for one in both if name.startswith("paged_attention")]
-    cells = [cell.cell_contents for one in kept for cell in one._pyfunc.__closure__ or ()]
-    assert cells
-    assert all(isinstance(content, int) for content in cells)
+    @numba.njit
+    def one():
+        return 1
+
+    @numba.cfunc(numba_ffi.Describe)
+    def describe(frame_at, job_at):
+        return one()
+
+    with pytest.raises(TypeError, match=r"a_target: describe closes over .*one.*, not an integer"):
+        numba_ffi.register("a_target", describe, describe, num_words=1, items_per_turn=1)
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(xla.Config)])

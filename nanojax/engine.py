@@ -119,6 +119,7 @@ def load(state: EngineState, new: Arrivals) -> EngineState:
             max_tokens=put(s.max_tokens, new.max_tokens),
             expected_tokens=put(s.expected_tokens, new.expected_tokens),
             arrival=put(s.arrival, new.arrival),
+            waited=put(s.waited, 0),
         ),
         sampling=SamplingState(
             temperature=put(how.temperature, new.temperature),
@@ -135,9 +136,7 @@ def load(state: EngineState, new: Arrivals) -> EngineState:
 def cancel(state: EngineState, mask: Bool[Array, "S"]) -> EngineState:
     """Forgets the masked slots' requests; their pages are free at once.  Consumes `state`."""
     s = state.scheduler
-    gone = dataclasses.replace(
-        s, resident=s.resident & ~mask, active=s.active & ~mask, waited=jnp.where(mask, 0, s.waited)
-    )
+    gone = dataclasses.replace(s, resident=s.resident & ~mask, active=s.active & ~mask)
     return dataclasses.replace(state, scheduler=gone, pool=kv_cache.release(state.pool, mask))
 
 

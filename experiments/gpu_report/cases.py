@@ -70,7 +70,7 @@ PARTS = (
     Part("cta_curves", "How fast are matmul and decode attention on a share of the multiprocessors?", 60),
     Part("pairs", "What do two operations side by side take?", 60),
     Part("op_profile", "How long does each operation of a layer take?", 50, needs_s=30),
-    Part("search_card", "Which pipeline suits this card?", 20, needs_s=10, origin="simulated", needs_device=False),
+    Part("search_card", "Which pipeline suits this card?", 30, needs_s=10, origin="simulated", needs_device=False),
     Part("layer_times", "What does a layer take with decode attention beside it?", 150, needs_s=40),
     Part("end_to_end", "How many tokens per second does LLaMA-3-8B serve?", 170, needs_s=60),
     Part("step_trace", "Where does the time of a step go?", 50, needs_s=40),

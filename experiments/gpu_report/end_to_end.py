@@ -91,11 +91,10 @@ def points(is_smoke: bool) -> list[Point]:
     if is_smoke:
         return [point("12/6", "sequential"), point("12/6", "searched")]
     both = ("sequential", "decode beside dense")
-    fitted = {"use_streams": True, "overlap": "sm_exclusive"}
     found = []
     for lengths in fitted_lengths(is_smoke):
         found += [point(lengths, how) for how in both]
-        found += [Point(lengths, "fitted", fitted_file(lengths), **fitted)]
+        found += [Point(lengths, "fitted", fitted_file(lengths), use_streams=True, overlap="sm_exclusive")]
     found += [point("512/512", how) for how in _WAYS if how not in both]
     found += [point("512/512", how, driver=driver) for how in both for driver in ("host_sync", "device_loop")]
     return found + [point(lengths, how) for lengths in ("512/1024", "sharegpt", "lmsys", "splitwise") for how in both]

@@ -3,6 +3,6 @@
 `rotate_qkv` (`api.py`) is the contract and the way in.
 """
 
-from pallas_kernels.rope.api import rotate, rotate_qkv
+from pallas_kernels.rope.api import rotate_qkv
 
-__all__ = ["rotate", "rotate_qkv"]
+__all__ = ["rotate_qkv"]

@@ -1,9 +1,10 @@
 """How does a bfloat16 matrix product use a CPU's matrix unit (AMX)?  Tiles of 16 tokens and of 16 columns, 32 rows deep.
 
-A panel of 32 columns of the kernel, its rows in pairs, stays in the core's caches while 32 tokens at a time keep their sums of the
-panel in four of the unit's eight tiles; what a later panel needs is brought near meanwhile.  A kernel that is not packed is
-packed on its way into a buffer.  One that lies transposed is its own left operand: then the tokens are the panel, and the tile
-of sums is turned as it leaves.
+Two panels of 32 columns of the kernel, their rows in pairs, stay in the core's caches while 16 tokens at a time keep their sums of
+the panels in four tiles; what later panels need is brought near meanwhile.  All left operands pass through one tile, all right
+ones through another: the unit has eight, but renames few, and where a core's other thread has taken its half of them, products in
+all eight wait for each other (twice as long as in these six).  A kernel that is not packed is packed on its way into a buffer.
+One that lies transposed is its own left operand: then the tokens are the panels, and the tiles of sums are turned as they leave.
 """
 
 import itertools
@@ -43,7 +44,8 @@ NEAR, NEARER = 2, 3  # the core's second cache, its first
 
 BYTE = llvmlite.ir.IntType(8)
 BYTES = BYTE.as_pointer()
-SUMS, LEFT, RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)  # tiles
+SUMS, LEFT, RIGHT = (0, 1, 2, 3), 4, 5  # tiles
+PANELS = 2  # at a time
 
 
 def _emit(b, name, *arguments):
@@ -88,66 +90,64 @@ def configure(at, num_rows):
     palette[0] = 1
     for tile in range(8):
         columns[tile] = 64
-        rows[tile] = num_rows if tile < RIGHT[0] else ROWS
+        rows[tile] = num_rows if tile < RIGHT else ROWS
     _set_tiles(at)
 
 
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
 def tiles(
-    typing_context, left, left_stride, panel, num_steps, out, out_stride, added, is_far, later, num_blocks, num_lines,
-    num_parts, part,
+    typing_context, left, left_stride, panel, panel_bytes, num_steps, out, out_stride, added, is_far, later, num_panels,
+    num_lines, num_parts, part,
 ):  # fmt: skip
-    """Sums of `num_blocks` (1 or 2) blocks of rows with one packed panel, 32 products at a time.
+    """Sums of a block of rows with `num_panels` (1 or 2) packed panels, `panel_bytes` apart, 32 products at a time.
 
-    left, out: addresses of the blocks.
-    added: addresses of what is added to their sums, laid out as the result, or zeros.
-    is_far: the panel is in no first cache: each step brings what the next one reads.
+    left, out: addresses of the block and of its sums, of one panel after the other.
+    added: address of what is added to the sums, laid out as the result, or 0.
+    is_far: the panels are in no first cache: each step brings what the next one reads.
     later: in each step the next `num_lines` lines of 64 bytes from there on are brought near.
-    num_parts: a left operand is the sum of so many, which lie `part` bytes apart.
+    num_parts: the left operand is the sum of so many, which lie `part` bytes apart.
     """
-    constants = num_blocks, num_parts
+    constants = num_panels, num_parts
     if not all(isinstance(number, numba.types.IntegerLiteral) for number in constants):
         return None
 
     def generate(context, builder, signature, arguments):
         b = builder
-        left, left_stride, panel, num_steps, out, out_stride, added, is_far, later, _, num_lines, _, part = arguments
-        count, parts = (number.literal_value for number in constants)
-        lefts, outs, first_sums = (numba.core.cgutils.unpack_tuple(b, pair) for pair in (left, out, added))
-        blocks = range(count)
-        with b.if_else(b.icmp_signed("!=", first_sums[0], INT64(0))) as (has_added, has_none):
+        left, left_stride, panel, panel_bytes, num_steps, out, out_stride, added, is_far, later = arguments[:10]
+        _, num_lines, _, part = arguments[10:]
+        panels, parts = (range(number.literal_value) for number in constants)
+        halves = [(p, half) for p in panels for half in range(2)]
+        sums = SUMS[: len(halves)]
+        with b.if_else(b.icmp_signed("!=", added, INT64(0))) as (has_added, has_none):
             with has_added:
-                for m, half in itertools.product(blocks, range(2)):
-                    place = b.inttoptr(b.add(first_sums[m], INT64(64 * half)), BYTES)
-                    _emit(b, "tileloadd64", SUMS[2 * m + half], place, out_stride)
+                for i in sums:
+                    _emit(b, "tileloadd64", i, b.inttoptr(b.add(added, INT64(64 * i)), BYTES), out_stride)
             with has_none:
-                for m, half in itertools.product(blocks, range(2)):
-                    _emit(b, "tilezero", SUMS[2 * m + half])
+                for i in sums:
+                    _emit(b, "tilezero", i)
+        starts = [b.add(panel, b.mul(panel_bytes, INT64(p))) for p in panels]
         with numba.core.cgutils.for_range(b, num_steps) as loop:
             column, row = b.mul(loop.index, INT64(2 * DEPTH)), b.mul(loop.index, INT64(ROWS * 4 * PANEL))
-            for half in range(2):
-                place = b.inttoptr(b.add(panel, b.add(row, INT64(64 * half))), BYTES)
-                _emit(b, "tileloadd64", RIGHT[half], place, INT64(4 * PANEL))
+            for i in parts:
+                place = b.add(b.add(left, column), b.mul(part, INT64(i)))
+                _emit(b, "tileloadd64", LEFT, b.inttoptr(place, BYTES), left_stride)
+                for total, (p, half) in zip(sums, halves, strict=True):
+                    place = b.add(starts[p], b.add(row, INT64(64 * half)))
+                    _emit(b, "tileloadd64", RIGHT, b.inttoptr(place, BYTES), INT64(4 * PANEL))
+                    _emit(b, "tdpbf16ps", total, LEFT, RIGHT)
             with b.if_then(b.icmp_signed("!=", is_far, INT64(0))):
-                for line in range(2 * ROWS):
-                    fetch_line(b, b.add(panel, b.add(row, INT64((2 * ROWS + line) * 64))), NEARER)
+                for p, line in itertools.product(panels, range(2 * ROWS)):
+                    fetch_line(b, b.add(starts[p], b.add(row, INT64((2 * ROWS + line) * 64))), NEARER)
             first = b.add(later, b.mul(loop.index, b.mul(num_lines, INT64(64))))
             with numba.core.cgutils.for_range(b, num_lines) as line:
                 fetch_line(b, b.add(first, b.mul(line.index, INT64(64))), NEAR)
-            for i, m in itertools.product(range(parts), blocks):  # sums of a tile are far apart: they take long
-                place = b.add(b.add(lefts[m], column), b.mul(part, INT64(i)))
-                _emit(b, "tileloadd64", LEFT[m], b.inttoptr(place, BYTES), left_stride)
-                for half in range(2):
-                    _emit(b, "tdpbf16ps", SUMS[2 * m + half], LEFT[m], RIGHT[half])
-        for m in blocks:
-            for half in range(2):
-                place = b.inttoptr(b.add(outs[m], INT64(64 * half)), BYTES)
-                _emit(b, "tilestored64", SUMS[2 * m + half], place, out_stride)
+        for i in sums:
+            _emit(b, "tilestored64", i, b.inttoptr(b.add(out, INT64(64 * i)), BYTES), out_stride)
         return context.get_dummy_value()
 
-    one, pair = numba.types.int64, numba.types.UniTuple(numba.types.int64, 2)
-    return numba.types.void(pair, one, one, one, pair, one, pair, one, one, num_blocks, one, num_parts, one), generate
+    one = numba.types.int64
+    return numba.types.void(*(one,) * 10, num_panels, one, num_parts, one), generate
 
 
 @numba.njit(forceinline=True)
@@ -160,50 +160,80 @@ def _coming(panel, num_steps, lines_of_step, index, num_passes):
 
 @typing.no_type_check
 def make_work(sources, form):
-    """The work on a kernel in a form ("plain", "packed", "gated"; see `packed.py`): for each panel, runs all tokens through it."""
+    """The work on a kernel in a form ("plain", "packed", "gated"; see `packed.py`): for each panels, runs all tokens through them."""
     is_packed, is_gated = form != "plain", form == "gated"
-    lines_of_step = PANEL if is_packed else 0  # of a panel
-    panels_ahead = AHEAD * (2 if is_gated else 1)
+    lines_of_step = PANELS * PANEL if is_packed else 0
     panel_out_bytes, column_bytes = (2 * GATED_COLUMNS, 2) if is_gated else (4 * PANEL, 4)
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
     @typing.no_type_check
     def work(job_at, first, stop):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
-        x, num_tokens, num_rows, width = job[X], job[NUM_TOKENS], job[NUM_ROWS], job[WIDTH]
-        to_added = job[TO_ADDED]
+        num_tokens, num_rows, width = job[NUM_TOKENS], job[NUM_ROWS], job[WIDTH]
         x_stride, out_stride, panel_bytes = 2 * width, column_bytes * job[NUM_COLUMNS], 2 * PANEL * width
         num_steps, rows = width // DEPTH, min(num_rows, ROWS)
-        num_passes = -(-num_tokens // (2 * ROWS))
-        buffer_ = np.empty((0 if is_packed else width * PANEL) + 4 * ROWS * PANEL + 32, np.int16)
+        num_passes = -(-num_tokens // ROWS)
+        buffer_ = np.empty((0 if is_packed else PANELS * width * PANEL) + 2 * ROWS * PANELS * PANEL + 32, np.int16)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
-        packed = sums + 2 * 4 * ROWS * PANEL
+        packed = sums + 4 * ROWS * PANELS * PANEL
         configure(sums, rows)
-        for panel in range(first, stop):
+        for panel in range(first, stop, PANELS):
+            has_two = panel + 1 < stop
             out = job[OUT] + panel_out_bytes * panel
             if is_packed:
                 packed = job[KERNEL] + panel_bytes * panel
             elif num_tokens > 0:
-                pack_panel(job[KERNEL] + 2 * PANEL * panel, 2 * job[NUM_COLUMNS], width // 2, packed)
-            for token in range(0, num_tokens, 2 * ROWS):
+                for p in range(2 if has_two else 1):
+                    place = job[KERNEL] + 2 * PANEL * (panel + p)
+                    pack_panel(place, 2 * job[NUM_COLUMNS], width // 2, packed + panel_bytes * p)
+            ahead = packed + AHEAD * PANELS * panel_bytes
+            for token in range(0, num_tokens, ROWS):
                 # The last block begins where it ends with the array: tokens computed twice come out the same.
-                one, two = min(token, num_rows - rows), min(token + ROWS, num_rows - rows)
-                has_two = num_tokens - token > ROWS
-                lefts, outs = (x + x_stride * one, x + x_stride * two), (out + out_stride * one, out + out_stride * two)
-                targets, stride = ((sums, sums + 4 * ROWS * PANEL), 4 * PANEL) if is_gated else (outs, out_stride)
-                added = (outs[0] + to_added, outs[1] + to_added) if to_added != 0 else (0, 0)
+                row = min(token, num_rows - rows)
+                x, here = job[X] + x_stride * row, out + out_stride * row
+                target, stride = (sums, 4 * PANELS * PANEL) if is_gated else (here, out_stride)
+                added = here + job[TO_ADDED] if job[TO_ADDED] != 0 else 0
                 is_far = np.int64(is_packed and token == 0)
-                ahead, index = packed + panels_ahead * panel_bytes, token // (2 * ROWS)
-                later, lines = _coming(ahead, num_steps, lines_of_step, index, num_passes)
+                later, lines = _coming(ahead, num_steps, lines_of_step, token // ROWS, num_passes)
                 if has_two:
-                    tiles(lefts, x_stride, packed, num_steps, targets, stride, added, is_far, later, 2, lines, 1, 0)
+                    tiles(
+                        x,
+                        x_stride,
+                        packed,
+                        panel_bytes,
+                        num_steps,
+                        target,
+                        stride,
+                        added,
+                        is_far,
+                        later,
+                        2,
+                        lines,
+                        1,
+                        0,
+                    )
                 else:
-                    tiles(lefts, x_stride, packed, num_steps, targets, stride, added, is_far, later, 1, lines, 1, 0)
+                    tiles(
+                        x,
+                        x_stride,
+                        packed,
+                        panel_bytes,
+                        num_steps,
+                        target,
+                        stride,
+                        added,
+                        is_far,
+                        later,
+                        1,
+                        lines,
+                        1,
+                        0,
+                    )
                 if is_gated:
-                    gate_rows(targets[0], rows, outs[0], out_stride)
+                    gate_rows(target, stride, rows, here, out_stride)
                     if has_two:
-                        gate_rows(targets[1], rows, outs[1], out_stride)
-            clear_rows(out, out_stride, num_tokens, num_rows, panel_out_bytes)
+                        gate_rows(target + 4 * PANEL, stride, rows, here + panel_out_bytes, out_stride)
+            clear_rows(out, out_stride, num_tokens, num_rows, panel_out_bytes * (2 if has_two else 1))
         release_tiles()
         buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 
@@ -227,24 +257,33 @@ def make_transposed_work(sources):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         num_tokens, num_rows, width = job[NUM_TOKENS], job[NUM_ROWS], job[WIDTH]
         row_bytes, out_stride, num_steps = 2 * width, 4 * job[NUM_COLUMNS], width // DEPTH
-        num_passes = -(-num_tokens // PANEL)
-        buffer_ = np.empty(2 * PANEL * PANEL + 16, np.float32)
+        most = PANELS * PANEL
+        num_passes = -(-num_tokens // most)
+        buffer_ = np.empty(2 * PANEL * most + 16, np.float32)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
-        turned = sums + 4 * PANEL * PANEL
+        turned = sums + 4 * PANEL * most
         configure(sums, ROWS)
         for panel in range(first, stop):
             kernel, out = job[KERNEL] + PANEL * row_bytes * panel, job[OUT] + 4 * PANEL * panel
-            for token in range(0, num_tokens, PANEL):
-                ahead = kernel + AHEAD * PANEL * row_bytes
-                later, lines = _coming(ahead, num_steps, PANEL, token // PANEL, num_passes)
-                lefts, outs = (kernel, kernel + ROWS * row_bytes), (sums, sums + 4 * PANEL * ROWS)
-                tokens = job[X] + token * row_bytes
-                tiles(lefts, row_bytes, tokens, num_steps, outs, 4 * PANEL, (0, 0), 0, later, 2, lines, 1, 0)
+            ahead = kernel + AHEAD * PANEL * row_bytes
+            for token in range(0, num_tokens, most):
+                count = min(num_tokens - token, most)
+                later, lines = _coming(ahead, 2 * num_steps, PANEL // 2, token // most, num_passes)
+                tokens, panel_bytes = job[X] + token * row_bytes, PANEL * row_bytes
                 for column in range(0, PANEL, ROWS):
-                    for row in range(0, PANEL, ROWS):
-                        place = turned + 4 * (PANEL * row + column)
-                        turn_square(sums + 4 * (PANEL * column + row), 4 * PANEL, place, 4)
-                for row in range(min(num_tokens - token, PANEL)):
+                    left, to = kernel + column * row_bytes, sums + 4 * most * column
+                    if count > PANEL:
+                        tiles(
+                            left, row_bytes, tokens, panel_bytes, num_steps, to, 4 * most, 0, 0, later, 2, lines, 1, 0
+                        )
+                    else:
+                        tiles(
+                            left, row_bytes, tokens, panel_bytes, num_steps, to, 4 * most, 0, 0, later, 1, lines, 1, 0
+                        )
+                    later += 64 * num_steps * lines
+                    for row in range(0, count, ROWS):
+                        turn_square(to + 4 * row, 4 * most, turned + 4 * (PANEL * row + column), 4)
+                for row in range(count):
                     source = array(turned + 4 * PANEL * row, np.float32, PANEL)
                     target = array(out + out_stride * (token + row), np.float32, PANEL)
                     for column in range(PANEL):

@@ -155,7 +155,7 @@ def make_work(sources, form):
                     count = 1
                     _tile(x, x_stride, packed, num_pairs, target, stride, to_added, later, 1)
                 if is_gated:
-                    gate_rows(target, count, here, out_stride)
+                    gate_rows(target, stride, count, here, out_stride)
                 token += count
         buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 

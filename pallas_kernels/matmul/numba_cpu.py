@@ -70,5 +70,6 @@ def _target(dtype: str, unit: str, form: str) -> str:
     is_gated = form == "gated"
     describe = panels.make_describe(sources, packed.GATED_COLUMNS if is_gated else packed.PANEL)
     # Two panels of gate and up give a whole line of the cache, which two threads had better not share.
-    register(name, describe, work, num_words=panels.NUM_WORDS, items_per_turn=2 if is_gated else 1)
+    items_per_turn = numba_amx.PANELS if is_gated or (unit == "amx" and not is_transposed) else 1
+    register(name, describe, work, num_words=panels.NUM_WORDS, items_per_turn=items_per_turn)
     return name

@@ -10,7 +10,7 @@ import typing
 import numba
 import numpy as np
 
-from pallas_kernels.matmul.numba_amx import DEPTH, ROWS, configure, release_tiles, tiles
+from pallas_kernels.matmul.numba_amx import DEPTH, PANELS, ROWS, configure, release_tiles, tiles
 from pallas_kernels.matmul.numba_bfloat16 import pack_pair
 from pallas_kernels.matmul.numba_float32 import turn_square
 from pallas_kernels.matmul.packed import PANEL
@@ -56,13 +56,16 @@ def _pack(table, k_data, v_data, page_bytes, page_size, head_dim, num_keys, num_
 
 @numba.njit(error_model="numpy", forceinline=True)
 @typing.no_type_check
-def _product(left, left_stride, num_parts, part, panel, num_steps, out, out_stride, num_rows):
-    """Up to 32 rows, as sums of `num_parts` (a constant) numbers `part` bytes apart, times a panel of 32 columns."""
-    lefts, outs = (left, left + ROWS * left_stride), (out, out + ROWS * out_stride)
-    if num_rows > ROWS:
-        tiles(lefts, left_stride, panel, num_steps, outs, out_stride, (0, 0), 0, panel, 2, 0, num_parts, part)
-    else:
-        tiles(lefts, left_stride, panel, num_steps, outs, out_stride, (0, 0), 0, panel, 1, 0, num_parts, part)
+def _product(left, left_stride, num_parts, part, panel, panel_bytes, num_panels, num_steps, out, out_stride, num_rows):
+    """Up to 32 rows, as sums of `num_parts` (a constant) numbers `part` bytes apart, times panels of 32 columns."""
+    for p in range(0, num_panels, PANELS):
+        right = panel + panel_bytes * p
+        for row in range(0, num_rows, ROWS):
+            x, to = left + left_stride * row, out + out_stride * row + 4 * PANEL * p
+            if p + 1 < num_panels:
+                tiles(x, left_stride, right, panel_bytes, num_steps, to, out_stride, 0, 0, right, 2, 0, num_parts, part)
+            else:
+                tiles(x, left_stride, right, panel_bytes, num_steps, to, out_stride, 0, 0, right, 1, 0, num_parts, part)
 
 
 @numba.njit(error_model="numpy", forceinline=True)
@@ -118,18 +121,18 @@ def attend(
                     _copy(source, to, head_dim // 4)
                 else:
                     split_row(source, to, head_dim // WIDTH, query_bytes, query_parts)
-            for panel in range(used):
-                source, to = keys + 2 * PANEL * head_dim * panel, scores + 4 * PANEL * panel
-                _product(
-                    parts, 2 * head_dim, query_parts, query_bytes, source, head_dim // DEPTH, to, score_stride, count
-                )
+            _product(
+                parts, 2 * head_dim, query_parts, query_bytes, keys, 2 * PANEL * head_dim, used, head_dim // DEPTH, scores,
+                score_stride, count,
+            )  # fmt: skip
             for i in range(count):
                 row, to = scores + score_stride * i, weights + weight_stride * i
                 seen, vectors = num_visible + token + i, used * (PANEL // WIDTH)
                 totals[i] = softmax_row(row, seen, vectors, scale, to, weight_bytes, weight_parts)
-            for d in range(0, head_dim, PANEL):
-                source, to = values + 2 * PANEL * d * num_panels, sums + 4 * d
-                _product(weights, weight_stride, weight_parts, weight_bytes, source, used, to, 4 * head_dim, count)
+            _product(
+                weights, weight_stride, weight_parts, weight_bytes, values, 2 * PANEL * PANEL * num_panels, head_dim // PANEL,
+                used, sums, 4 * head_dim, count,
+            )  # fmt: skip
             for i in range(count):
                 share, to = np.float32(1) / totals[i], out + first + token_bytes * i
                 scale_row(sums + 4 * head_dim * i, share, to, head_dim // WIDTH, itemsize)

@@ -19,7 +19,7 @@ from nanojax.config import ModelConfig, RopeScaling
 from nanojax.models.layers import WHOLE, Extent, RMSNorm, contract, normal
 from nanojax.models.moe import MixtureOfExperts, Routes
 from pallas_kernels.device import platform
-from pallas_kernels.matmul import matmul, operand_dtype, pack
+from pallas_kernels.matmul import is_packed, matmul, operand_dtype, pack
 from pallas_kernels.rope import rotate_qkv
 
 Rope = tuple[Float[Array, "t h2"], Float[Array, "t h2"]]
@@ -153,7 +153,7 @@ class Decoder(nnx.Module):
         """Scores of all tokens, float32; of the first `num_rows` rows, if only they are asked for."""
         table = (self.head if hasattr(self, "head") else self.embed).table[...]
         normed = self.final_norm(x, num_rows, operand_dtype(table))
-        return matmul(normed, table, num_tokens=num_rows, is_transposed=True)
+        return matmul(normed, table, num_tokens=num_rows, is_transposed=not is_packed(table))
 
 
 def rope_angles(config: ModelConfig, positions: Int32[Array, "t"]) -> Rope:
@@ -181,7 +181,11 @@ def _definition(config: ModelConfig) -> Callable[[Params], Decoder]:
 
 
 def bind(config: ModelConfig, params: Params) -> Decoder:
-    """The modules of `config` over the arrays of `params`; to be used inside a pure function."""
+    """The modules of `config` over the arrays of `params`; to be used inside a pure function.
+
+    A head of their own (`pack_params`) is used even where it is tied.
+    """
+    config = dataclasses.replace(config, tied_head=config.tied_head and "head" not in params)
     return _definition(config)(params)
 
 
@@ -205,7 +209,10 @@ def init_params(config: ModelConfig, key: Key[Array, ""], dtype=jnp.float32) -> 
 
 
 def pack_params(params: Params) -> Params:
-    """The same parameters with the dense kernels of all layers as this CPU's unit for bfloat16 reads them, if it has one."""
+    """The same parameters with the dense kernels of all layers as this CPU's unit for bfloat16 reads them, if it has one.
+
+    So is the head, turned, [D V]; where it is tied, the embedding stays beside it.
+    """
 
     def pack_layer(layer: Params) -> Params:
         dense = layer["ffn"]["gate_up"].ndim == 3
@@ -216,7 +223,10 @@ def pack_params(params: Params) -> Params:
             "ffn": layer["ffn"] | ffn,
         }
 
-    return params | {"layers": {i: pack_layer(layer) for i, layer in params["layers"].items()}}
+    table = params.get("head", params["embed"])["table"]
+    head = table if is_packed(table) else pack(table.T, 1)
+    heads = {"head": {"table": head}} if is_packed(head) else {}
+    return params | heads | {"layers": {i: pack_layer(layer) for i, layer in params["layers"].items()}}
 
 
 def first_layers(config: ModelConfig, params: Params, num_layers: int) -> tuple[ModelConfig, Params]:

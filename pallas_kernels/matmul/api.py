@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.device import cpu_has, num_multiprocessors, platform, why_not_hopper
-from pallas_kernels.matmul.packed import PANEL, is_packed, operand_dtype, unit
+from pallas_kernels.matmul.packed import PANEL, is_packed, num_rows, operand_dtype, unit
 
 SQUARE = 16
 """Rows of a transposed kernel must be a multiple of it for "numba", columns of `PANEL`."""
@@ -118,7 +118,7 @@ def _why_not_numba(kernel, *, is_transposed: bool = False) -> str | None:
     if platform() != "cpu":
         return f"runs on 'cpu', not on {platform()!r}"
     if is_packed(kernel):
-        return None if unit(kernel.shape[0]) else "cannot read a kernel that another CPU packed"
+        return None if unit(num_rows(kernel)) else "cannot read a kernel that another CPU packed"
     rows, columns = kernel.shape[::-1] if is_transposed else kernel.shape
     if kernel.dtype not in (jnp.bfloat16, jnp.float32):
         return f"needs a bfloat16 or float32 kernel, not {kernel.dtype.name} {list(kernel.shape)}"

@@ -19,9 +19,10 @@ import numpy as np
 from jaxtyping import Array, BFloat16
 
 from pallas_kernels.matmul.numba_bfloat16 import pack_panel
+from pallas_kernels.matmul.numba_blocks import emit_expand, expand
 from pallas_kernels.matmul.numba_float32 import turn_square
 from pallas_kernels.matmul.numba_gated import gate_rows
-from pallas_kernels.matmul.packed import AMX_DEPTH, GATED_COLUMNS, PANEL
+from pallas_kernels.matmul.packed import AMX_DEPTH, GATED_COLUMNS, PANEL, block_bytes
 from pallas_kernels.matmul.panels import (
     KERNEL,
     NUM_COLUMNS,
@@ -39,6 +40,9 @@ from pallas_kernels.numba_vectors16 import INT64
 ROWS = 16
 """Rows of a tile: tokens of a left operand, pairs of rows of a right one."""
 DEPTH = AMX_DEPTH
+STEP_BYTES = 2 * DEPTH * PANEL
+"""Of a panel's part that one step multiplies."""
+KEPT_STEPS = 4
 AHEAD = 2  # turns: with two threads the next turn of this one is the one after the next
 NEAR, NEARER = 2, 3  # the core's second cache, its first
 
@@ -97,26 +101,32 @@ def configure(at, num_rows):
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
 def tiles(
-    typing_context, left, left_stride, panel, panel_bytes, num_steps, out, out_stride, added, is_far, later, num_panels,
-    num_lines, num_parts, part,
+    typing_context, left, panel, num_steps, out, added, is_far, later, num_panels, num_parts, part, codes, mask, num_bits
 ):  # fmt: skip
-    """Sums of a block of rows with `num_panels` (1 or 2) packed panels, `panel_bytes` apart, 32 products at a time.
+    """Sums of a block of rows with `num_panels` (1 or 2) packed panels, 32 products at a time.
 
-    left, out: addresses of the block and of its sums, of one panel after the other.
-    added: address of what is added to the sums, laid out as the result, or 0.
+    left, out: the address of the block, or of its sums with one panel after the other, and the bytes from row to row.
+    panel: the first one's address, and the bytes to the next.
+    added: address of what is added to the sums, laid out as they are, or 0.
     is_far: the panels are in no first cache: each step brings what the next one reads.
-    later: in each step the next `num_lines` lines of 64 bytes from there on are brought near.
-    num_parts: the left operand is the sum of so many, which lie `part` bytes apart.
+    later: in each step the next so many (the second number) lines of 64 bytes from there on are brought near.
+    num_parts: the left operand is the sum of so many (a constant), which lie `part` bytes apart.
+    num_bits: if not 0, the panels' first blocks are expanded (`numba_blocks`), and each step expands the next ones from
+      `codes`, as `panel` of the packed; `mask` wraps the bytes of a panel that are kept.
     """
-    constants = num_panels, num_parts
+    constants = num_panels, num_parts, num_bits
     if not all(isinstance(number, numba.types.IntegerLiteral) for number in constants):
         return None
 
     def generate(context, builder, signature, arguments):
         b = builder
-        left, left_stride, panel, panel_bytes, num_steps, out, out_stride, added, is_far, later = arguments[:10]
-        _, num_lines, _, part = arguments[10:]
-        panels, parts = (range(number.literal_value) for number in constants)
+        left, panel, num_steps, out, added, is_far, later, _, _, part, codes, mask, _ = arguments
+        pairs = left, panel, out, later, codes
+        (left, left_stride), (panel, panel_bytes), (out, out_stride), (later, num_lines), (codes, codes_bytes) = (
+            numba.core.cgutils.unpack_tuple(b, pair) for pair in pairs
+        )
+        count, parts, bits = (number.literal_value for number in constants)
+        panels = range(count)
         halves = [(p, half) for p in panels for half in range(2)]
         sums = SUMS[: len(halves)]
         with b.if_else(b.icmp_signed("!=", added, INT64(0))) as (has_added, has_none):
@@ -128,8 +138,8 @@ def tiles(
                     _emit(b, "tilezero", i)
         starts = [b.add(panel, b.mul(panel_bytes, INT64(p))) for p in panels]
         with numba.core.cgutils.for_range(b, num_steps) as loop:
-            column, row = b.mul(loop.index, INT64(2 * DEPTH)), b.mul(loop.index, INT64(ROWS * 4 * PANEL))
-            for i in parts:
+            column, row = b.mul(loop.index, INT64(2 * DEPTH)), b.and_(b.mul(loop.index, INT64(STEP_BYTES)), mask)
+            for i in range(parts):
                 place = b.add(b.add(left, column), b.mul(part, INT64(i)))
                 _emit(b, "tileloadd64", LEFT, b.inttoptr(place, BYTES), left_stride)
                 for total, (p, half) in zip(sums, halves, strict=True):
@@ -137,17 +147,26 @@ def tiles(
                     _emit(b, "tileloadd64", RIGHT, b.inttoptr(place, BYTES), INT64(4 * PANEL))
                     _emit(b, "tdpbf16ps", total, LEFT, RIGHT)
             with b.if_then(b.icmp_signed("!=", is_far, INT64(0))):
-                for p, line in itertools.product(panels, range(2 * ROWS)):
-                    fetch_line(b, b.add(starts[p], b.add(row, INT64((2 * ROWS + line) * 64))), NEARER)
+                for p, line in itertools.product(panels, range(STEP_BYTES // 64)):
+                    fetch_line(b, b.add(starts[p], b.add(row, INT64(STEP_BYTES + 64 * line))), NEARER)
             first = b.add(later, b.mul(loop.index, b.mul(num_lines, INT64(64))))
             with numba.core.cgutils.for_range(b, num_lines) as line:
                 fetch_line(b, b.add(first, b.mul(line.index, INT64(64))), NEAR)
+            if bits:
+                index = b.add(loop.index, INT64(1))
+                with b.if_then(b.icmp_signed("<", index, num_steps)):
+                    for p in panels:
+                        block = b.add(b.mul(codes_bytes, INT64(p)), b.mul(index, INT64(block_bytes(bits))))
+                        to = b.add(starts[p], b.and_(b.mul(index, INT64(STEP_BYTES)), mask))
+                        emit_expand(b, b.add(codes, block), to, bits)
         for i in sums:
             _emit(b, "tilestored64", i, b.inttoptr(b.add(out, INT64(64 * i)), BYTES), out_stride)
         return context.get_dummy_value()
 
-    one = numba.types.int64
-    return numba.types.void(*(one,) * 10, num_panels, one, num_parts, one), generate
+    one, pair = numba.types.int64, numba.types.UniTuple(numba.types.int64, 2)
+    return numba.types.void(
+        pair, pair, one, pair, one, one, pair, num_panels, num_parts, one, pair, one, num_bits
+    ), generate
 
 
 @numba.njit(forceinline=True)
@@ -159,10 +178,14 @@ def _coming(panel, num_steps, lines_of_step, index, num_passes):
 
 
 @typing.no_type_check
-def make_work(sources, form):
-    """The work on a kernel in a form ("plain", "packed", "gated"; see `packed.py`): for each panels, runs all tokens through them."""
-    is_packed, is_gated = form != "plain", form == "gated"
-    lines_of_step = PANELS * PANEL if is_packed else 0
+def make_work(sources, form, num_bits):
+    """The work on a kernel in a form ("plain", "packed", "gated"; see `packed.py`): runs all tokens through two panels at a time.
+
+    num_bits: of a weight, 0 for bfloat16.  The first tokens expand a panel's blocks as they go.
+    """
+    is_packed, is_gated, is_coded = form != "plain", form == "gated", num_bits != 0
+    step_bytes = block_bytes(num_bits) if is_coded else STEP_BYTES
+    lines_of_step = PANELS * step_bytes // 64 if is_packed else 0
     panel_out_bytes, column_bytes = (2 * GATED_COLUMNS, 2) if is_gated else (4 * PANEL, 4)
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
@@ -170,71 +193,52 @@ def make_work(sources, form):
     def work(job_at, first, stop):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         num_tokens, num_rows, width = job[NUM_TOKENS], job[NUM_ROWS], job[WIDTH]
-        x_stride, out_stride, panel_bytes = 2 * width, column_bytes * job[NUM_COLUMNS], 2 * PANEL * width
         num_steps, rows = width // DEPTH, min(num_rows, ROWS)
+        x_stride, out_stride, source_bytes = 2 * width, column_bytes * job[NUM_COLUMNS], step_bytes * num_steps
+        panel_bytes = STEP_BYTES * num_steps
         num_passes = -(-num_tokens // ROWS)
-        buffer_ = np.empty((0 if is_packed else PANELS * width * PANEL) + 2 * ROWS * PANELS * PANEL + 32, np.int16)
+        # What only one pass reads is kept for a few steps.
+        mask = np.int64(KEPT_STEPS * STEP_BYTES - 1 if is_coded and num_passes == 1 else -1)
+        held_bytes = 0 if is_packed and not is_coded else PANELS * max(panel_bytes, KEPT_STEPS * STEP_BYTES)
+        buffer_ = np.empty(held_bytes + 4 * ROWS * PANELS * PANEL + 64, np.uint8)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
         packed = sums + 4 * ROWS * PANELS * PANEL
         configure(sums, rows)
-        for panel in range(first, stop, PANELS):
+        for panel in range(first, stop if num_tokens > 0 else first, PANELS):
             has_two = panel + 1 < stop
-            out = job[OUT] + panel_out_bytes * panel
-            if is_packed:
-                packed = job[KERNEL] + panel_bytes * panel
-            elif num_tokens > 0:
+            out, source = job[OUT] + panel_out_bytes * panel, job[KERNEL] + source_bytes * panel
+            if is_coded:
+                for p in range(2 if has_two else 1):
+                    expand(source + source_bytes * p, 1 if has_two else num_steps, packed + panel_bytes * p, num_bits)
+            elif is_packed:
+                packed = source
+            else:
                 for p in range(2 if has_two else 1):
                     place = job[KERNEL] + 2 * PANEL * (panel + p)
                     pack_panel(place, 2 * job[NUM_COLUMNS], width // 2, packed + panel_bytes * p)
-            ahead = packed + AHEAD * PANELS * panel_bytes
+            right, codes, ahead = (packed, panel_bytes), (source, source_bytes), source + AHEAD * PANELS * source_bytes
             for token in range(0, num_tokens, ROWS):
                 # The last block begins where it ends with the array: tokens computed twice come out the same.
                 row = min(token, num_rows - rows)
-                x, here = job[X] + x_stride * row, out + out_stride * row
-                target, stride = (sums, 4 * PANELS * PANEL) if is_gated else (here, out_stride)
+                left, here = (job[X] + x_stride * row, x_stride), out + out_stride * row
+                target = (sums, 4 * PANELS * PANEL) if is_gated else (here, out_stride)
                 added = here + job[TO_ADDED] if job[TO_ADDED] != 0 else 0
-                is_far = np.int64(is_packed and token == 0)
-                later, lines = _coming(ahead, num_steps, lines_of_step, token // ROWS, num_passes)
-                if has_two:
-                    tiles(
-                        x,
-                        x_stride,
-                        packed,
-                        panel_bytes,
-                        num_steps,
-                        target,
-                        stride,
-                        added,
-                        is_far,
-                        later,
-                        2,
-                        lines,
-                        1,
-                        0,
-                    )
+                is_far = np.int64(is_packed and not is_coded and token == 0)
+                later = _coming(ahead, num_steps, lines_of_step, token // ROWS, num_passes)
+                if not has_two:
+                    tiles(left, right, num_steps, target, added, is_far, later, 1, 1, 0, codes, mask, 0)
+                elif is_coded and token == 0:
+                    tiles(left, right, num_steps, target, added, is_far, later, 2, 1, 0, codes, mask, num_bits)
                 else:
-                    tiles(
-                        x,
-                        x_stride,
-                        packed,
-                        panel_bytes,
-                        num_steps,
-                        target,
-                        stride,
-                        added,
-                        is_far,
-                        later,
-                        1,
-                        lines,
-                        1,
-                        0,
-                    )
+                    tiles(left, right, num_steps, target, added, is_far, later, 2, 1, 0, codes, mask, 0)
                 if is_gated:
-                    gate_rows(target, stride, rows, here, out_stride)
+                    gate_rows(*target, rows, here, out_stride)
                     if has_two:
-                        gate_rows(target + 4 * PANEL, stride, rows, here + panel_out_bytes, out_stride)
-            clear_rows(out, out_stride, num_tokens, num_rows, panel_out_bytes * (2 if has_two else 1))
+                        gate_rows(target[0] + 4 * PANEL, target[1], rows, here + panel_out_bytes, out_stride)
         release_tiles()
+        clear_rows(
+            job[OUT] + panel_out_bytes * first, out_stride, num_tokens, num_rows, panel_out_bytes * (stop - first)
+        )
         buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 
     return work
@@ -269,18 +273,14 @@ def make_transposed_work(sources):
             for token in range(0, num_tokens, most):
                 count = min(num_tokens - token, most)
                 later, lines = _coming(ahead, 2 * num_steps, PANEL // 2, token // most, num_passes)
-                tokens, panel_bytes = job[X] + token * row_bytes, PANEL * row_bytes
+                tokens = job[X] + token * row_bytes, PANEL * row_bytes
                 for column in range(0, PANEL, ROWS):
-                    left, to = kernel + column * row_bytes, sums + 4 * most * column
+                    left, to = (kernel + column * row_bytes, row_bytes), sums + 4 * most * column
+                    target, coming = (to, 4 * most), (later + 64 * num_steps * lines * (column // ROWS), lines)
                     if count > PANEL:
-                        tiles(
-                            left, row_bytes, tokens, panel_bytes, num_steps, to, 4 * most, 0, 0, later, 2, lines, 1, 0
-                        )
+                        tiles(left, tokens, num_steps, target, 0, 0, coming, 2, 1, 0, (0, 0), -1, 0)
                     else:
-                        tiles(
-                            left, row_bytes, tokens, panel_bytes, num_steps, to, 4 * most, 0, 0, later, 1, lines, 1, 0
-                        )
-                    later += 64 * num_steps * lines
+                        tiles(left, tokens, num_steps, target, 0, 0, coming, 1, 1, 0, (0, 0), -1, 0)
                     for row in range(0, count, ROWS):
                         turn_square(to + 4 * row, 4 * most, turned + 4 * (PANEL * row + column), 4)
                 for row in range(count):

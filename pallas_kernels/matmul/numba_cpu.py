@@ -4,16 +4,24 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float32, Int32, UInt16
+from jaxtyping import Array, BFloat16, Float, Float32, Int8, Int32, UInt8, UInt16
 
 from pallas_kernels import numba_vectors16
-from pallas_kernels.matmul import numba_amx, numba_bfloat16, numba_float32, numba_gated, packed, panels
+from pallas_kernels.matmul import (
+    numba_amx,
+    numba_bfloat16,
+    numba_blocks,
+    numba_float32,
+    numba_gated,
+    packed,
+    panels,
+)
 from pallas_kernels.numba_ffi import fingerprint, register
 
 
 def matmul(
     x: Float[Array, "t c"],
-    kernel: Float[Array, "c f"] | UInt16[Array, "c f"] | Float[Array, "f c"],
+    kernel: Float[Array, "c f"] | UInt16[Array, "c f"] | UInt8[Array, "r f"] | Int8[Array, "r f"] | Float[Array, "f c"],
     num_tokens: Int32[Array, ""],
     residual: Float[Array, "t f"] | None = None,
     *,
@@ -37,7 +45,7 @@ def matmul(
 
 
 def gated(
-    x: Float[Array, "t c"], kernel: UInt16[Array, "c 2 f"], num_tokens: Int32[Array, ""]
+    x: Float[Array, "t c"], kernel: UInt16[Array, "c 2 f"] | UInt8[Array, "r 2 f"], num_tokens: Int32[Array, ""]
 ) -> BFloat16[Array, "t f"]:
     """`silu(gate x) * (up x)` of a packed kernel, otherwise as `matmul`."""
     out = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[2]), jnp.bfloat16)
@@ -49,7 +57,7 @@ def unit_for(kernel, is_transposed: bool) -> str:
     """What multiplies: the matrix unit "amx", "avx512bf16", or arithmetic in "float32"."""
     if kernel.dtype == jnp.float32:
         return "float32"
-    unit = packed.unit(kernel.shape[1 if is_transposed else 0])
+    unit = packed.unit(kernel.shape[1] if is_transposed else packed.num_rows(kernel))
     return "float32" if unit is None or (is_transposed and unit != "amx") else unit
 
 
@@ -57,17 +65,19 @@ def unit_for(kernel, is_transposed: bool) -> str:
 def _target(dtype: str, unit: str, form: str) -> str:
     """Makes XLA know the product of kernels of a dtype in a form ("transposed", "plain", "packed", "gated"); returns its name."""
     name = f"matmul_{form}_{dtype}_in_{unit}"
-    modules = panels, numba_amx, numba_bfloat16, numba_float32, numba_gated, numba_vectors16, packed
+    modules = panels, numba_amx, numba_bfloat16, numba_blocks, numba_float32, numba_gated, numba_vectors16, packed
     sources = fingerprint(*(module.__file__ for module in modules))
-    is_transposed = form == "transposed"
+    is_transposed, is_gated = form == "transposed", form == "gated"
+    num_bits = packed.num_bits(jax.ShapeDtypeStruct((), dtype))
     match unit:
+        case "amx" if is_transposed:
+            work = numba_amx.make_transposed_work(sources)
         case "amx":
-            work = numba_amx.make_transposed_work(sources) if is_transposed else numba_amx.make_work(sources, form)
+            work = numba_amx.make_work(sources, form, num_bits)
         case "avx512bf16":
-            work = numba_bfloat16.make_work(sources, form)
+            work = numba_bfloat16.make_work(sources, form, num_bits)
         case _:
             work = numba_float32.make_work(sources, jnp.dtype(dtype).itemsize, 1 if is_transposed else 0)
-    is_gated = form == "gated"
     describe = panels.make_describe(sources, packed.GATED_COLUMNS if is_gated else packed.PANEL)
     # Two panels of gate and up give a whole line of the cache, which two threads had better not share.
     items_per_turn = numba_amx.PANELS if is_gated or (unit == "amx" and not is_transposed) else 1

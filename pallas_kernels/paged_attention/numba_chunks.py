@@ -59,13 +59,13 @@ def _pack(table, k_data, v_data, page_bytes, page_size, head_dim, num_keys, num_
 def _product(left, left_stride, num_parts, part, panel, panel_bytes, num_panels, num_steps, out, out_stride, num_rows):
     """Up to 32 rows, as sums of `num_parts` (a constant) numbers `part` bytes apart, times panels of 32 columns."""
     for p in range(0, num_panels, PANELS):
-        right = panel + panel_bytes * p
         for row in range(0, num_rows, ROWS):
-            x, to = left + left_stride * row, out + out_stride * row + 4 * PANEL * p
+            x = left + left_stride * row, left_stride
+            to, right = (out + out_stride * row + 4 * PANEL * p, out_stride), (panel + panel_bytes * p, panel_bytes)
             if p + 1 < num_panels:
-                tiles(x, left_stride, right, panel_bytes, num_steps, to, out_stride, 0, 0, right, 2, 0, num_parts, part)
+                tiles(x, right, num_steps, to, 0, 0, (0, 0), 2, num_parts, part, (0, 0), -1, 0)
             else:
-                tiles(x, left_stride, right, panel_bytes, num_steps, to, out_stride, 0, 0, right, 1, 0, num_parts, part)
+                tiles(x, right, num_steps, to, 0, 0, (0, 0), 1, num_parts, part, (0, 0), -1, 0)
 
 
 @numba.njit(error_model="numpy", forceinline=True)

@@ -45,10 +45,10 @@ class Work:
 
 def load(values: flags.FlagValues) -> LoadedModel:
     """The model that `--model` and `--weights` name, on the default device.  Raises as `load_model` does."""
-    if values.weights is not None and values.weights != serving_flags.RANDOM_WEIGHTS:
-        return load_model(values.weights, dtype=values.dtype, cache_dir=serving_flags.cache_dir(values))
-    if values.model == serving_flags.DEFAULT_MODEL and values.weights is None:
-        return load_model(values.model, dtype=values.dtype, cache_dir=serving_flags.cache_dir(values))
+    source = values.weights or (values.model if values.model == serving_flags.DEFAULT_MODEL else None)
+    if source is not None and source != serving_flags.RANDOM_WEIGHTS:
+        cache_dir = serving_flags.cache_dir(values)
+        return load_model(source, dtype=values.dtype, cache_dir=cache_dir, keep_blocks=values.keep_blocks)
     name = "smollm2-135m" if values.model == serving_flags.DEFAULT_MODEL else values.model
     config = SMOKE_CONFIG if name == serving_flags.SMOKE_MODEL else PRESETS[name]
     params = decoder.pack_params(decoder.init_params(config, jax.random.key(values.seed), jnp.dtype(values.dtype)))

@@ -49,6 +49,7 @@ def define(values: flags.FlagValues) -> None:
     enum("model", DEFAULT_MODEL, [DEFAULT_MODEL, SMOKE_MODEL, *PRESETS], "smollm2: the real weights; else random ones.")
     text("weights", None, f"A .gguf or llama2.c .bin file, a Hugging Face directory, or {RANDOM_WEIGHTS!r}.")
     enum("dtype", DTYPES[0], DTYPES, "Of the weights; float32 if not given on a CPU without AVX2.")
+    flag("keep_blocks", True, "Keep bfloat16 weights that a file has in 4 or 8 bits so, on a CPU that reads them.")
     enum("kv_dtype", None, DTYPES, "Of the KV cache; if not given the weights'.")
 
     enum("driver", Driver.DISPATCH_AHEAD.value, [driver.value for driver in Driver], "How the host launches steps.")

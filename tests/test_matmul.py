@@ -153,6 +153,36 @@ class TestUnitsForBfloat16:
             np.testing.assert_allclose(out[:num_tokens].astype(jnp.float32), exact, rtol=2**-8, atol=1e-30)
             np.testing.assert_array_equal(out[num_tokens:], 0)
 
+    @pytest.mark.parametrize("num_bits", [4, 8])
+    @pytest.mark.parametrize("shape", [(96, 3, 32), (64, 2, 48), (2, 4, 8, 96)])
+    def test_weights_of_few_bits_are_those_that_were_expanded_at_rest(self, unit, shape, num_bits, monkeypatch):
+        monkeypatch.setattr(packed, "unit", lambda num_rows: unit)
+        num_axes = len(shape) - 1 if shape[0] == 2 else 1
+        num_rows = math.prod(shape[:num_axes])
+        assert packed.takes_blocks(shape, num_axes)
+        rng = np.random.default_rng(num_bits)
+        codes = rng.integers(0, 2**num_bits, shape, np.uint8)
+        blocks = num_rows // packed.BLOCK_ROWS, *shape[num_axes:]
+        scale, least = (rng.uniform(-1, 1, blocks).astype(np.float16) for _ in range(2))
+        each = [np.repeat(part.astype(np.float32), packed.BLOCK_ROWS, 0).reshape(shape) for part in (scale, least)]
+        at_rest = pack(jnp.asarray(each[0] * codes + each[1]).astype(jnp.bfloat16), num_axes)
+        kept = packed.pack_blocks(codes, scale, least, num_axes, num_bits)
+        assert (kept.shape, kept.dtype) == (
+            (spec := packed.blocks_shape(shape, num_axes, num_bits)).shape,
+            spec.dtype,
+        )
+        if num_axes > 1:
+            at_rest, kept = (kernel.reshape(-1, shape[-1]) for kernel in (at_rest, kept))
+        elif not packed.is_gated(at_rest):
+            at_rest, kept = (kernel.reshape(kernel.shape[0], -1) for kernel in (at_rest, kept))
+        assert packed.num_rows(kept) == num_rows
+        for num_tokens in (1, 16, 17, 40):
+            x = jax.random.normal(jax.random.key(num_tokens), (num_tokens, num_rows))
+            for count in {num_tokens, num_tokens - 1}:
+                out, expected = (matmul(x, kernel, num_tokens=jnp.int32(count)) for kernel in (kept, at_rest))
+                assert count == 0 or jnp.any(expected)
+                np.testing.assert_array_equal(out, expected)
+
 
 def test_only_what_suits_is_packed(monkeypatch):
     monkeypatch.setattr(packed, "unit", lambda num_rows: None if num_rows % 2 else "amx")

@@ -4,14 +4,28 @@ import dataclasses
 import struct
 
 import gguf
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from weight_files import QWEN2, TINY, assert_same, damage, expected_params, permuted, random_tensors, write_gguf
+from weight_files import (
+    QWEN2,
+    TINY,
+    TOKENS,
+    assert_same,
+    damage,
+    expected_params,
+    permuted,
+    random_tensors,
+    write_gguf,
+)
 
 from nanojax.config import PRESETS, RopeScaling
 from nanojax.weights import gguf_container, load_model, open_checkpoint, smollm2_path
-from nanojax.weights.gguf_container import dequantize, parse_gguf
+from nanojax.weights.checkpoint import flatten
+from nanojax.weights.gguf_container import dequantize, num_bits, parse_gguf, read_blocks
+from pallas_kernels.matmul import matmul, takes_blocks
 
 
 def test_gguf_llama_with_permuted_rows_and_blocks(tmp_path):
@@ -32,6 +46,44 @@ def test_gguf_qwen2_has_biases_and_no_permutation(tmp_path):
     model = load_model(str(path))
     assert model.config == QWEN2
     assert_same(model.params, expected_params(QWEN2, written))
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_weights_that_stay_in_few_bits_multiply_as_bfloat16_ones(tmp_path, tied_head):
+    if not takes_blocks((TINY.d_model, TINY.d_model), 1):
+        pytest.skip("needs a CPU with AMX or AVX512-BF16")
+    config = dataclasses.replace(TINY, num_heads=2, num_kv_heads=1, head_dim=32, vocab_size=288, tied_head=tied_head)
+    path = tmp_path / "tiny.gguf"
+
+    def kind(name):
+        if name.endswith(("norm", "layers.1.k")):
+            return False
+        return Kind.Q4_0 if name.endswith("down") else Kind.Q8_0 if name in ("embed", "head") else Kind.Q4_1
+
+    tensors = random_tensors(config)
+    write_gguf(path, config, tensors, quantize=kind, tokens=TOKENS + [f"<{i}>" for i in range(288 - len(TOKENS))])
+    loads = [
+        flatten(load_model(str(path), dtype=jnp.bfloat16, cache_dir=tmp_path / "cache", keep_blocks=keep).params)
+        for keep in (True, True, False)
+    ]
+    assert loads[1].keys() == loads[0].keys() == loads[2].keys()
+    few = {name for name, leaf in loads[0].items() if leaf.dtype in (jnp.uint8, jnp.int8)}
+    kernels = [f"layers.{i}.{name}" for i in range(2) for name in ("out.kernel", "ffn.gate_up", "ffn.down")]
+    assert few == {"head.table", "layers.0.qkv.kernel", *kernels}  # a kernel of mixed sources is expanded
+    for name, leaf in loads[0].items():
+        np.testing.assert_array_equal(leaf, loads[1][name])  # from the cache
+        if name not in few:
+            np.testing.assert_array_equal(leaf, loads[2][name])
+            continue
+        shape = (-1, config.d_model) if "out" in name else (leaf.shape[0], -1)
+        kept, whole = (
+            load[name]
+            if name.endswith("gate_up")
+            else load[name].reshape(load[name].shape[0] if shape[1] < 0 else -1, shape[1])
+            for load in (loads[0], loads[2])
+        )
+        x = jax.random.normal(jax.random.key(0), (20, whole.shape[0]))
+        np.testing.assert_array_equal(matmul(x, kept), matmul(x, whole))
 
 
 def llama31_divisors(theta, head_dim):
@@ -67,7 +119,12 @@ def test_gguf_blocks_decode_as_the_gguf_package_does(tmp_path, monkeypatch, kind
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    values = dequantize(parse_gguf(tmp_path / "blocks.gguf"), "blocks")
+    file = parse_gguf(tmp_path / "blocks.gguf")
+    values = dequantize(file, "blocks")
+    if num_bits(file, "blocks"):
+        codes, *each = read_blocks(file, "blocks")
+        scale, least = (np.repeat(part.astype(np.float32), block_size, 1) for part in each)
+        np.testing.assert_array_equal(scale * codes + least, values)
     assert values.shape == (4, 3 * block_size)
     np.testing.assert_array_equal(values, gguf.quants.dequantize(raw, kind))
 

@@ -113,9 +113,20 @@ def gguf_name(name):
 
 
 def write_gguf(
-    path, config, tensors, architecture="llama", quantize=lambda name: False, extra=None, drop=(), **changes
+    path,
+    config,
+    tensors,
+    architecture="llama",
+    quantize=lambda name: False,
+    extra=None,
+    drop=(),
+    tokens=TOKENS,
+    **changes,
 ):
-    """Writes the file; returns the tensors as their block format rounds them, RoPE half-split."""
+    """Writes the file; returns the tensors as their block format rounds them, RoPE half-split.
+
+    quantize: a tensor's name -> its block format; True is Q8_0, False is none.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     fields = {
         "block_count": config.num_layers, "context_length": config.max_len, "embedding_length": config.d_model,
@@ -130,8 +141,8 @@ def write_gguf(
     writer.add_name(config.name)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3] + [1] * 257 + [3])
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * 257 + [3] * (len(tokens) - 259))
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(1)
     written = {}
@@ -143,11 +154,12 @@ def write_gguf(
         if gguf_name(name) in drop:
             continue
         if quantize(name):
-            blocks = gguf.quants.quantize(stored, Kind.Q8_0)
-            rounded = gguf.quants.dequantize(blocks, Kind.Q8_0)
+            kind = Kind.Q8_0 if quantize(name) is True else quantize(name)
+            blocks = gguf.quants.quantize(stored, kind)
+            rounded = gguf.quants.dequantize(blocks, kind)
             half = rounded.reshape(heads, -1, 2, *value.shape[1:]) if heads else None
             written[name] = np.concatenate([half[:, :, 0], half[:, :, 1]], 1).reshape(value.shape) if heads else rounded
-            writer.add_tensor(gguf_name(name), blocks, raw_dtype=Kind.Q8_0)
+            writer.add_tensor(gguf_name(name), blocks, raw_dtype=kind)
         else:
             writer.add_tensor(gguf_name(name), stored)
     for name, value in (extra or {}).items():

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from nanojax.array_types import Array, Float, Int32, UInt16
-from pallas_kernels.matmul import matmul
+from nanojax.array_types import Array, Float, Int32
+from pallas_kernels.matmul import PackedKernel, matmul
 from pallas_kernels.rms_norm import rms_norm
 
 
@@ -58,7 +58,7 @@ WHOLE = Extent()
 
 def contract(
     x: Float[Array, "t c"],
-    kernel: Float[Array, "c *out"] | UInt16[Array, "c *out"],
+    kernel: Float[Array, "c *out"] | PackedKernel,
     extent: Extent = WHOLE,
     out_dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "t *out"]:

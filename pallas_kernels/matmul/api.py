@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt16
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.device import cpu_has, num_multiprocessors, platform, why_not_hopper
-from pallas_kernels.matmul.packed import PANEL, is_packed, num_rows, operand_dtype, unit
+from pallas_kernels.matmul.packed import PANEL, PackedKernel, is_packed, num_rows, operand_dtype, unit
 
 SQUARE = 16
 """Rows of a transposed kernel must be a multiple of it for "numba", columns of `PANEL`."""
@@ -16,7 +16,7 @@ SQUARE = 16
 
 def matmul(
     x: Float[Array, "t c"],
-    kernel: Float[Array, "c f"] | Float[Array, "c 2 f"] | Float[Array, "f c"] | UInt16[Array, "c *f"],
+    kernel: Float[Array, "c f"] | Float[Array, "c 2 f"] | Float[Array, "f c"] | PackedKernel,
     residual: Float[Array, "t f"] | None = None,
     *,
     is_transposed: bool = False,
@@ -28,7 +28,7 @@ def matmul(
     """`x @ kernel`: operands in the kernel's dtype, sums in float32; for gate and up, [c 2 f], `silu(gate) * up`.
 
     Args:
-      kernel: may be one that `pack` packed; then `silu(gate) * up` is rounded to bfloat16 before all else.
+      kernel: may be one that `pack` or `pack_blocks` packed; then `silu(gate) * up` is rounded to bfloat16 before all else.
       residual: is added to the product.
       is_transposed: the kernel is [f, c].
       num_tokens: only the first so many tokens are asked for; "numba" leaves the others out, what they would get is 0.

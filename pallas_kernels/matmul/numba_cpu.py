@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float32, Int8, Int32, UInt8, UInt16
+from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from pallas_kernels import numba_vectors16
 from pallas_kernels.matmul import (
@@ -21,7 +21,7 @@ from pallas_kernels.numba_ffi import fingerprint, register
 
 def matmul(
     x: Float[Array, "t c"],
-    kernel: Float[Array, "c f"] | UInt16[Array, "c f"] | UInt8[Array, "r f"] | Int8[Array, "r f"] | Float[Array, "f c"],
+    kernel: Float[Array, "c f"] | Float[Array, "f c"] | packed.PackedKernel,
     num_tokens: Int32[Array, ""],
     residual: Float[Array, "t f"] | None = None,
     *,
@@ -44,9 +44,7 @@ def matmul(
     return jax.ffi.ffi_call(_target(kernel.dtype.name, unit, form), out)(x, kernel, num_tokens, *added)
 
 
-def gated(
-    x: Float[Array, "t c"], kernel: UInt16[Array, "c 2 f"] | UInt8[Array, "r 2 f"], num_tokens: Int32[Array, ""]
-) -> BFloat16[Array, "t f"]:
+def gated(x: Float[Array, "t c"], kernel: packed.PackedKernel, num_tokens: Int32[Array, ""]) -> BFloat16[Array, "t f"]:
     """`silu(gate x) * (up x)` of a packed kernel, otherwise as `matmul`."""
     out = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[2]), jnp.bfloat16)
     target = _target(kernel.dtype.name, unit_for(kernel, False), "gated")

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Float16, Int8, UInt8, UInt16
 
 from pallas_kernels.device import cpu_has, cpu_has_amx, platform
 
+PackedKernel = UInt16[Array, "..."] | UInt8[Array, "..."] | Int8[Array, "..."]
+"""In bfloat16, or of weights of 4 or 8 bits."""
 PANEL = 32
 """Columns of a panel."""
 GATED_COLUMNS = PANEL // 2
@@ -63,9 +65,7 @@ def operand_dtype(kernel) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16) if is_packed(kernel) else kernel.dtype
 
 
-def pack(
-    kernel: Float[Array, "..."] | UInt16[Array, "..."], num_axes: int
-) -> Float[Array, "..."] | UInt16[Array, "..."]:
+def pack(kernel: Float[Array, "..."] | PackedKernel, num_axes: int) -> Float[Array, "..."] | PackedKernel:
     """The kernel packed, if this CPU has a unit that reads it so; else the kernel as it is.
 
     kernel: a matrix [c, f], either axis as one or several; or [c, 2, f], gate and up.
@@ -93,7 +93,7 @@ def blocks_shape(shape: tuple[int, ...], num_axes: int, bits: int) -> jax.ShapeD
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def pack_blocks(
     codes: UInt8[Array, "..."], scale: Float16[Array, "..."], least: Float16[Array, "..."], num_axes: int, bits: int
-) -> UInt8[Array, "..."] | Int8[Array, "..."]:
+) -> PackedKernel:
     """The kernel `scale * codes + least` in blocks, if it `takes_blocks`.
 
     codes: as a kernel of `pack`, below 2**bits; scale, least: the same, but for 32 rows each one, as one axis.

@@ -154,7 +154,7 @@ class TestUnitsForBfloat16:
             np.testing.assert_array_equal(out[num_tokens:], 0)
 
     @pytest.mark.parametrize("num_bits", [4, 8])
-    @pytest.mark.parametrize("shape", [(96, 3, 32), (64, 2, 48), (2, 4, 8, 96)])
+    @pytest.mark.parametrize("shape", [(192, 3, 32), (160, 2, 48), (2, 4, 8, 96)])
     def test_weights_of_few_bits_are_those_that_were_expanded_at_rest(self, unit, shape, num_bits, monkeypatch):
         monkeypatch.setattr(packed, "unit", lambda num_rows: unit)
         num_axes = len(shape) - 1 if shape[0] == 2 else 1

@@ -226,7 +226,7 @@ def make_work(sources, form, num_bits):
                 is_far = np.int64(is_packed and not is_coded and token == 0)
                 later = _coming(ahead, num_steps, lines_of_step, token // ROWS, num_passes)
                 if not has_two:
-                    tiles(left, right, num_steps, target, added, is_far, later, 1, 1, 0, codes, mask, 0)
+                    tiles(left, right, num_steps, target, added, is_far, later, 1, 1, 0, codes, -1, 0)
                 elif is_coded and token == 0:
                     tiles(left, right, num_steps, target, added, is_far, later, 2, 1, 0, codes, mask, num_bits)
                 else:

@@ -75,8 +75,8 @@ def _product(
 ) -> Float[Array, "t f"]:
     """The product and what is added to it; "xla" gives the product in `dtype`, sums being float32, "numba" in float32."""
     if implementation is None:
-        # XLA multiplies bfloat16 by AVX512-BF16; the transposed form of "numba" does not, only by AMX.
-        is_for_unit = is_transposed and kernel.dtype == jnp.bfloat16 and unit(kernel.shape[1]) == "avx512bf16"
+        # XLA multiplies bfloat16 by the CPU's unit; the transposed form of "numba" does not.
+        is_for_unit = is_transposed and kernel.dtype == jnp.bfloat16 and unit(kernel.shape[1]) is not None
         suits = is_packed(kernel) or _why_not_numba(kernel, is_transposed=is_transposed) is None
         implementation = "numba" if suits and not is_for_unit else "xla"
     match implementation:

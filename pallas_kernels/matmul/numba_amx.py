@@ -4,23 +4,19 @@ Two panels of 32 columns of the kernel, their rows in pairs, stay in the core's 
 the panels in four tiles; what later panels need is brought near meanwhile.  All left operands pass through one tile, all right
 ones through another: the unit has eight, but renames few, and where a core's other thread has taken its half of them, products in
 all eight wait for each other (twice as long as in these six).  A kernel that is not packed is packed on its way into a buffer.
-One that lies transposed is its own left operand: then the tokens are the panels, and the tiles of sums are turned as they leave.
 """
 
 import itertools
 import typing
 
-import jax.numpy as jnp
 import llvmlite.ir
 import numba
 import numba.core.cgutils
 import numba.extending
 import numpy as np
-from jaxtyping import Array, BFloat16
 
 from pallas_kernels.matmul.numba_bfloat16 import pack_panel
 from pallas_kernels.matmul.numba_blocks import emit_expand, expand
-from pallas_kernels.matmul.numba_float32 import turn_square
 from pallas_kernels.matmul.numba_gated import gate_rows
 from pallas_kernels.matmul.packed import AMX_DEPTH, GATED_COLUMNS, PANEL, block_bytes
 from pallas_kernels.matmul.panels import (
@@ -240,56 +236,5 @@ def make_work(sources, form, num_bits):
             job[OUT] + panel_out_bytes * first, out_stride, num_tokens, num_rows, panel_out_bytes * (stop - first)
         )
         buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
-
-    return work
-
-
-def pack_tokens(x: BFloat16[Array, "t c"]) -> BFloat16[Array, "padded c"]:
-    """Tokens as `make_transposed_work` takes them: in panels of 32, each as pairs of values; zeros after the last."""
-    width = x.shape[1]
-    panels = jnp.pad(x, ((0, -x.shape[0] % PANEL), (0, 0))).reshape(-1, PANEL, width // 2, 2)
-    return panels.swapaxes(1, 2).reshape(-1, width)
-
-
-@typing.no_type_check
-def make_transposed_work(sources):
-    """The work on a kernel [f, c] and tokens that `pack_tokens` packed: for each panel of columns, runs all tokens through it."""
-
-    @numba.cfunc(Work, error_model="numpy", cache=True)
-    @typing.no_type_check
-    def work(job_at, first, stop):
-        job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
-        num_tokens, num_rows, width = job[NUM_TOKENS], job[NUM_ROWS], job[WIDTH]
-        row_bytes, out_stride, num_steps = 2 * width, 4 * job[NUM_COLUMNS], width // DEPTH
-        most = PANELS * PANEL
-        num_passes = -(-num_tokens // most)
-        buffer_ = np.empty(2 * PANEL * most + 16, np.float32)
-        sums = (buffer_.ctypes.data + 63) // 64 * 64
-        turned = sums + 4 * PANEL * most
-        configure(sums, ROWS)
-        for panel in range(first, stop):
-            kernel, out = job[KERNEL] + PANEL * row_bytes * panel, job[OUT] + 4 * PANEL * panel
-            ahead = kernel + AHEAD * PANEL * row_bytes
-            for token in range(0, num_tokens, most):
-                count = min(num_tokens - token, most)
-                later, lines = _coming(ahead, 2 * num_steps, PANEL // 2, token // most, num_passes)
-                tokens = job[X] + token * row_bytes, PANEL * row_bytes
-                for column in range(0, PANEL, ROWS):
-                    left, to = (kernel + column * row_bytes, row_bytes), sums + 4 * most * column
-                    target, coming = (to, 4 * most), (later + 64 * num_steps * lines * (column // ROWS), lines)
-                    if count > PANEL:
-                        tiles(left, tokens, num_steps, target, 0, 0, coming, 2, 1, 0, (0, 0), -1, 0)
-                    else:
-                        tiles(left, tokens, num_steps, target, 0, 0, coming, 1, 1, 0, (0, 0), -1, 0)
-                    for row in range(0, count, ROWS):
-                        turn_square(to + 4 * row, 4 * most, turned + 4 * (PANEL * row + column), 4)
-                for row in range(count):
-                    source = array(turned + 4 * PANEL * row, np.float32, PANEL)
-                    target = array(out + out_stride * (token + row), np.float32, PANEL)
-                    for column in range(PANEL):
-                        target[column] = source[column]
-            clear_rows(out, out_stride, num_tokens, num_rows, 4 * PANEL)
-        release_tiles()
-        buffer_[0] = 0
 
     return work

@@ -38,8 +38,6 @@ def matmul(
     x = x.astype(jnp.float32 if unit == "float32" else jnp.bfloat16)
     form = "transposed" if is_transposed else "packed" if packed.is_packed(kernel) else "plain"
     out = jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.float32)
-    if unit == "amx" and is_transposed:
-        x = numba_amx.pack_tokens(x)
     added = () if residual is None else (residual.astype(jnp.float32),)
     return jax.ffi.ffi_call(_target(kernel.dtype.name, unit, form), out)(x, kernel, num_tokens, *added)
 
@@ -52,11 +50,10 @@ def gated(x: Float[Array, "t c"], kernel: packed.PackedKernel, num_tokens: Int32
 
 
 def unit_for(kernel, is_transposed: bool) -> str:
-    """What multiplies: the matrix unit "amx", "avx512bf16", or arithmetic in "float32"."""
-    if kernel.dtype == jnp.float32:
+    """What multiplies: the matrix unit "amx", "avx512bf16", or arithmetic in "float32", which alone takes transposed kernels."""
+    if kernel.dtype == jnp.float32 or is_transposed:
         return "float32"
-    unit = packed.unit(kernel.shape[1] if is_transposed else packed.num_rows(kernel))
-    return "float32" if unit is None or (is_transposed and unit != "amx") else unit
+    return packed.unit(packed.num_rows(kernel)) or "float32"
 
 
 @functools.cache
@@ -68,8 +65,6 @@ def _target(dtype: str, unit: str, form: str) -> str:
     is_transposed, is_gated = form == "transposed", form == "gated"
     num_bits = packed.num_bits(jax.ShapeDtypeStruct((), dtype))
     match unit:
-        case "amx" if is_transposed:
-            work = numba_amx.make_transposed_work(sources)
         case "amx":
             work = numba_amx.make_work(sources, form, num_bits)
         case "avx512bf16":
@@ -78,6 +73,6 @@ def _target(dtype: str, unit: str, form: str) -> str:
             work = numba_float32.make_work(sources, jnp.dtype(dtype).itemsize, 1 if is_transposed else 0)
     describe = panels.make_describe(sources, packed.GATED_COLUMNS if is_gated else packed.PANEL)
     # Two panels of gate and up give a whole line of the cache, which two threads had better not share.
-    items_per_turn = numba_amx.PANELS if is_gated or (unit == "amx" and not is_transposed) else 1
+    items_per_turn = numba_amx.PANELS if is_gated or unit == "amx" else 1
     register(name, describe, work, num_words=panels.NUM_WORDS, items_per_turn=items_per_turn)
     return name

@@ -29,11 +29,12 @@ def kept_bits(checkpoint: Checkpoint, abstract: Params) -> dict[str, int]:
     config, flat, kept = checkpoint.config, flatten(abstract), {}
     if not config.num_experts:
         for i in range(config.num_layers):
-            for name, sources in _SOURCES.items():
+            for kernel, sources in _SOURCES.items():
+                name = f"layers.{i}.{kernel}"
                 bits = {checkpoint.bits.get(f"layers.{i}.{source}", 0) for source in sources.split()}
-                if len(bits) == 1 and _suits(flat[f"layers.{i}.{name}"], _NUM_AXES.get(name, 1)):
-                    kept[f"layers.{i}.{name}"] = bits.pop()
-    if _suits(_head(config, flat["embed.table"].dtype), 1):
+                if len(bits) == 1 and _suits(name, flat[name]):
+                    kept[name] = bits.pop()
+    if _suits("head.table", _head(config, flat["embed.table"].dtype)):
         kept["head.table"] = checkpoint.bits.get(_head_source(config), 0)
     return {name: bits for name, bits in kept.items() if bits}
 
@@ -70,8 +71,8 @@ def _axes(name: str) -> int:
     return _NUM_AXES.get(name.split(".", 2)[-1], 1)
 
 
-def _suits(kernel: jax.ShapeDtypeStruct, num_axes: int) -> bool:
-    return kernel.dtype == jnp.bfloat16 and takes_blocks(kernel.shape, num_axes)
+def _suits(name: str, kernel: jax.ShapeDtypeStruct) -> bool:
+    return kernel.dtype == jnp.bfloat16 and takes_blocks(kernel.shape, _axes(name))
 
 
 def _head(config: ModelConfig, dtype) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""Which kernels stay in the few bits that their file has them in?  Dense ones, on a CPU whose unit reads them so.
+"""Which kernels stay in the few bits that their file has them in?  Dense ones, on a CPU with AMX.
 
 They are multiplied as if they had been rounded to bfloat16 at rest, to the last bit; but a step of few tokens takes as long as
 reading the weights takes, and those are a third of the bytes.

@@ -12,9 +12,8 @@ import numba.core.cgutils
 import numba.extending
 import numpy as np
 
-from pallas_kernels.matmul.numba_blocks import expand
 from pallas_kernels.matmul.numba_gated import gate_rows
-from pallas_kernels.matmul.packed import BLOCK_ROWS, GATED_COLUMNS, PANEL, block_bytes
+from pallas_kernels.matmul.packed import GATED_COLUMNS, PANEL
 from pallas_kernels.matmul.panels import (
     KERNEL,
     NUM_COLUMNS,
@@ -112,13 +111,9 @@ def pack_panel(source, row_bytes, num_pairs, packed):
 
 
 @typing.no_type_check
-def make_work(sources, form, num_bits):
-    """The work on a kernel in a form ("plain", "packed", "gated"; see `packed.py`): for each panel, runs all tokens through it.
-
-    num_bits: of a weight, 0 for bfloat16.
-    """
-    is_packed, is_gated, is_coded = form != "plain", form == "gated", num_bits != 0
-    block_rows, source_row_bytes = BLOCK_ROWS, block_bytes(num_bits) // BLOCK_ROWS if is_coded else 2 * PANEL
+def make_work(sources, form):
+    """The work on a kernel in a form ("plain", "packed", "gated"; see `packed.py`): for each panel, runs all tokens through it."""
+    is_packed, is_gated = form != "plain", form == "gated"
     panel_out_bytes, column_bytes = (2 * GATED_COLUMNS, 2) if is_gated else (4 * PANEL, 4)
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
@@ -127,18 +122,13 @@ def make_work(sources, form, num_bits):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         num_tokens, num_pairs, out_stride = job[NUM_TOKENS], job[WIDTH] // 2, column_bytes * job[NUM_COLUMNS]
         x_stride, panel_bytes, to_added = 4 * num_pairs, 4 * PANEL * num_pairs, job[TO_ADDED]
-        source_bytes = 2 * num_pairs * source_row_bytes
-        buffer_ = np.empty(
-            (0 if is_packed and not is_coded else num_pairs * 2 * PANEL) + 2 * MOST_TOKENS * PANEL + 32, np.int16
-        )
+        buffer_ = np.empty((0 if is_packed else num_pairs * 2 * PANEL) + 2 * MOST_TOKENS * PANEL + 32, np.int16)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
         packed = sums + 4 * MOST_TOKENS * PANEL
         for panel in range(first, stop):
             out = job[OUT] + panel_out_bytes * panel
             clear_rows(out, out_stride, num_tokens, job[NUM_ROWS], panel_out_bytes)
-            if is_coded:
-                expand(job[KERNEL] + source_bytes * panel, 2 * num_pairs // block_rows, packed, num_bits)
-            elif is_packed:
+            if is_packed:
                 packed = job[KERNEL] + panel_bytes * panel
             else:
                 pack_panel(job[KERNEL] + 2 * PANEL * panel, 2 * job[NUM_COLUMNS], num_pairs, packed)
@@ -148,11 +138,7 @@ def make_work(sources, form, num_bits):
                 x, here = job[X] + x_stride * token, out + out_stride * token
                 target, stride = (sums, 4 * PANEL) if is_gated else (here, out_stride)
                 # What a later panel needs: a half in the first pass, the other in those that follow.
-                later = (
-                    packed + panel_bytes * AHEAD + panel_bytes // 2 * min(token, 1)
-                    if is_packed and not is_coded
-                    else packed
-                )
+                later = packed + panel_bytes * AHEAD + panel_bytes // 2 * min(token, 1) if is_packed else packed
                 if left >= MOST_TOKENS and left != 16:
                     count = MOST_TOKENS
                     _tile(x, x_stride, packed, num_pairs, target, stride, to_added, later, MOST_TOKENS)

@@ -68,7 +68,7 @@ def _target(dtype: str, unit: str, form: str) -> str:
         case "amx":
             work = numba_amx.make_work(sources, form, num_bits)
         case "avx512bf16":
-            work = numba_bfloat16.make_work(sources, form, num_bits)
+            work = numba_bfloat16.make_work(sources, form)
         case _:
             work = numba_float32.make_work(sources, jnp.dtype(dtype).itemsize, 1 if is_transposed else 0)
     describe = panels.make_describe(sources, packed.GATED_COLUMNS if is_gated else packed.PANEL)

@@ -78,9 +78,9 @@ def pack(kernel: Float[Array, "..."] | PackedKernel, num_axes: int) -> Float[Arr
 
 
 def takes_blocks(shape: tuple[int, ...], num_axes: int) -> bool:
-    """Whether `pack_blocks` takes a kernel of this shape on this CPU."""
+    """Whether `pack_blocks` takes a kernel of this shape on this CPU: by AVX512-BF16 expanding takes longer than it saves."""
     kernel, rows = jax.ShapeDtypeStruct(shape, jnp.uint8), math.prod(shape[:num_axes])
-    return rows % BLOCK_ROWS == 0 and shape[num_axes - 1] % 8 == 0 and _suits(kernel, rows)
+    return shape[num_axes - 1] % 8 == 0 and _suits(kernel, rows) and unit(rows) == "amx"
 
 
 def blocks_shape(shape: tuple[int, ...], num_axes: int, bits: int) -> jax.ShapeDtypeStruct:

@@ -21,6 +21,7 @@ class BFloat(llvmlite.ir.Type):
 INT64, WORD, FLOAT = llvmlite.ir.IntType(64), llvmlite.ir.IntType(32), llvmlite.ir.FloatType()
 FLOATS, WORDS = llvmlite.ir.VectorType(FLOAT, WIDTH), llvmlite.ir.VectorType(WORD, WIDTH)
 ROUNDED = llvmlite.ir.VectorType(BFloat(), WIDTH)
+PAIRS = llvmlite.ir.VectorType(BFloat(), 2 * WIDTH)
 EXP_TERMS = tuple(1 / math.factorial(n) for n in range(6, -1, -1))
 """Of e**r for |r| <= log(2) / 2: what is left out is below 2e-7."""
 
@@ -38,8 +39,16 @@ def constant(value):
 
 def call(b, name, *values, returns: llvmlite.ir.Type = FLOATS):
     """Calls the LLVM intrinsic `llvm.{name}.v16f32`."""
+    return _call(b, f"llvm.{name}.v{WIDTH}f32", values, returns)
+
+
+def instruction(b, name, *values, returns: llvmlite.ir.Type = FLOATS):
+    """Calls the LLVM intrinsic `llvm.x86.{name}.512`."""
+    return _call(b, f"llvm.x86.{name}.512", values, returns)
+
+
+def _call(b, name, values, returns):
     function_type = llvmlite.ir.FunctionType(returns, [value.type for value in values])
-    name = f"llvm.{name}.v{WIDTH}f32"
     return b.call(b.module.globals.get(name) or llvmlite.ir.Function(b.module, function_type, name), values)
 
 

@@ -26,14 +26,24 @@ from pallas_kernels.matmul.panels import (
     X,
 )
 from pallas_kernels.numba_ffi import Work, array, clear_rows, fetch_line, prefetch
-from pallas_kernels.numba_vectors16 import FLOATS, INT64, WORD, WORDS, BFloat, address, constant, load, splat
+from pallas_kernels.numba_vectors16 import (
+    FLOATS,
+    INT64,
+    PAIRS,
+    WORD,
+    WORDS,
+    address,
+    constant,
+    instruction,
+    load,
+    splat,
+)
 
 AHEAD = 2  # panels: with two threads the next panel of this one is the one after the next
 
 MOST_TOKENS = 12  # at a time: 24 sums, 2 weights and 1 activation nearly fill the 32 registers
 
 HALVES = llvmlite.ir.VectorType(llvmlite.ir.IntType(16), 32)
-PAIRS = llvmlite.ir.VectorType(BFloat(), 32)
 
 
 @numba.extending.intrinsic
@@ -70,9 +80,6 @@ def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, to_add
         b = builder
         x, x_stride, panel, num_pairs, out, out_stride, to_added, later = arguments[:8]
         num_tokens = count.literal_value
-        dot_type = llvmlite.ir.FunctionType(FLOATS, (FLOATS, PAIRS, PAIRS))
-        name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        dot = b.module.globals.get(name) or llvmlite.ir.Function(b.module, dot_type, name)
         sums = {}
         for m in range(num_tokens):
             for half in range(2):
@@ -88,7 +95,8 @@ def _tile(typing_context, x, x_stride, panel, num_pairs, out, out_stride, to_add
                 pair = b.load(address(b, tokens[m], place, WORD), align=2)
                 both = b.bitcast(splat(b, pair, WORDS), PAIRS)
                 for half in range(2):
-                    b.store(b.call(dot, (b.load(sums[m, half]), both, weights[half])), sums[m, half])
+                    total = instruction(b, "avx512bf16.dpbf16ps", b.load(sums[m, half]), both, weights[half])
+                    b.store(total, sums[m, half])
         places = {at: b.add(b.mul(out_stride, INT64(at[0])), INT64(64 * at[1])) for at in sums}
         with b.if_then(b.icmp_signed("!=", to_added, INT64(0))):
             for at, place in places.items():

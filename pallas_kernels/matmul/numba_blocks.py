@@ -11,20 +11,13 @@ import numba.core.cgutils
 import numba.extending
 
 from pallas_kernels.matmul.packed import BLOCK_HEAD_BYTES, BLOCK_ROWS, PANEL, block_bytes
-from pallas_kernels.numba_vectors16 import FLOATS, INT64, WORDS, BFloat, address, call
+from pallas_kernels.numba_vectors16 import FLOATS, INT64, PAIRS, WORDS, address, call, instruction
 
-PAIRS = llvmlite.ir.VectorType(BFloat(), 32)
 _HALVES = llvmlite.ir.VectorType(llvmlite.ir.HalfType(), 16)
 _GROUPS, _COLUMNS = 4, 8
 """Columns of a block lie in groups, whose pairs of weights fill a vector of 16."""
 PAIR_BYTES = 4 * PANEL
 """Of a pair of rows of a panel in bfloat16."""
-
-
-def _intrinsic(b, name, returns, *values):
-    function_type = llvmlite.ir.FunctionType(returns, [value.type for value in values])
-    name = f"llvm.x86.{name}.512"
-    return b.call(b.module.globals.get(name) or llvmlite.ir.Function(b.module, function_type, name), values)
 
 
 def emit_expand(b, block, panel, num_bits):
@@ -44,12 +37,12 @@ def emit_expand(b, block, panel, num_bits):
             words = b.load(address(b, block, BLOCK_HEAD_BYTES + place // 32 * 64, WORDS), align=64)
             codes = b.lshr(words, WORDS([place % 32] * 16))
             if num_bits == 4:
-                values = _intrinsic(b, "avx512.permvar.sf", FLOATS, table, codes)  # looks at 4 bits
+                values = instruction(b, "avx512.permvar.sf", table, codes)  # looks at 4 bits
             else:
                 values = b.uitofp(b.and_(codes, WORDS([(1 << num_bits) - 1] * 16)), FLOATS)
             weights.append(call(b, "fma", values, scales[group], least[group]))
         for half in range(2):
-            both = _intrinsic(b, "avx512bf16.cvtne2ps2bf16", PAIRS, weights[2 * half + 1], weights[2 * half])
+            both = instruction(b, "avx512bf16.cvtne2ps2bf16", *weights[2 * half : 2 * half + 2][::-1], returns=PAIRS)
             b.store(both, address(b, panel, PAIR_BYTES * pair + 64 * half, PAIRS), align=64)
 
 

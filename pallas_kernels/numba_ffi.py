@@ -83,19 +83,29 @@ def clear_rows(out, stride, first, stop, num_bytes):
 
 @numba.njit(forceinline=True)
 @typing.no_type_check
+def set_items_per_turn(job_at, count):
+    """What a `Describe` may say of its job, instead of what `register` was given."""
+    array(job_at - 8 * (JOB - ITEMS_PER_TURN), np.int64, 1)[0] = count
+
+
+@numba.njit(forceinline=True)
+@typing.no_type_check
 def attribute(frame, index):
     """The 8 bytes, as int64, of the attribute at place `index` of the attributes' names in alphabetical order."""
     scalar = array(array(frame[FRAME_ATTRS], np.int64, index + 1)[index], np.int64, 2)
     return array(scalar[1], np.int64, 1)[0]
 
 
-def fetch_line(builder, address, nearness=3):
-    """Emits the instruction that starts to bring the 64 bytes at an int64 address near: 3, into the first cache, 2, the second."""
+def fetch_line(builder, address, nearness=3, *, is_written=False):
+    """Emits the instruction that starts to bring the 64 bytes at an int64 address near: 3, into the first cache, 2, the second.
+
+    is_written: for writing, away from other cores.
+    """
     byte, word = llvmlite.ir.IntType(8).as_pointer(), llvmlite.ir.IntType(32)
     function_type = llvmlite.ir.FunctionType(llvmlite.ir.VoidType(), (byte, word, word, word))
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", (byte,), function_type)
-    read, data = word(0), word(1)
-    builder.call(prefetch, (builder.inttoptr(address, byte), read, word(nearness), data))
+    data = word(1)
+    builder.call(prefetch, (builder.inttoptr(address, byte), word(int(is_written)), word(nearness), data))
 
 
 @numba.extending.intrinsic
@@ -220,14 +230,16 @@ def _run(frame, describe, work, task, num_words, items_per_turn):
     record = _malloc(8 * (JOB + num_words))
     shared = array(record, np.int64, JOB)
     request = record + 8 * 17  # words that nobody else uses
+    shared[ITEMS_PER_TURN] = items_per_turn
     num_items = _call(describe, (np.int64(frame.ctypes.data), record + 8 * JOB))
+    items_per_turn = shared[ITEMS_PER_TURN]
     num_threads = np.int64(1)
     if _ask_pool(frame, API_NUM_THREADS, request, record + 8 * DONE, 0):
         num_threads = shared[DONE]
     num_turns = -(-num_items // items_per_turn)
     num_tasks = max(min(num_threads, num_turns) - 1, 0)
     shared[NEXT], shared[DONE], shared[HOLDERS] = 0, 0, num_tasks + 1
-    shared[NUM_ITEMS], shared[ITEMS_PER_TURN], shared[WORK] = num_items, items_per_turn, work
+    shared[NUM_ITEMS], shared[WORK] = num_items, work
     for _ in range(num_tasks):
         if not _ask_pool(frame, API_SCHEDULE, request, task, record):
             _let_go(record)

@@ -104,16 +104,18 @@ def unpack(kernel, num_axes):
 
 @pytest.mark.parametrize("unit", UNITS)
 class TestUnitsForBfloat16:
-    @pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 33, 100])
+    @pytest.mark.parametrize(
+        ("num_rows", "width"), [(1, 64), (15, 64), (16, 64), (17, 64), (33, 672), (100, 64), (48, 672)]
+    )
     @pytest.mark.parametrize("form", ["packed", "plain"])
-    def test_any_number_of_tokens_in_any_number_of_rows(self, unit, form, num_rows, monkeypatch):
+    def test_any_number_of_tokens_in_any_number_of_rows(self, unit, form, num_rows, width, monkeypatch):
         monkeypatch.setattr(packed, "unit", lambda num_rows: unit)
-        x, kernel = operands(num_rows, 64, 96, jnp.bfloat16)
+        x, kernel = operands(num_rows, width, 96, jnp.bfloat16)
         x = x.astype(jnp.bfloat16)
         exact = reference.matmul(x, kernel)
         operand = {"packed": pack(kernel, 1), "plain": kernel}[form]
         product = jax.jit(numba_cpu.matmul)
-        for rows in (x, jnp.concatenate([x, jnp.full((3, 64), jnp.nan, x.dtype)])):
+        for rows in (x, jnp.concatenate([x, jnp.full((3, width), jnp.nan, x.dtype)])):
             for num_tokens in {0, 1, num_rows // 2, num_rows}:
                 out = product(rows, operand, jnp.int32(num_tokens))
                 np.testing.assert_allclose(out[:num_tokens], exact[:num_tokens], rtol=1e-5, atol=1e-5)
@@ -138,11 +140,11 @@ class TestUnitsForBfloat16:
         np.testing.assert_array_equal(panels[1, 5, 7], matrix[10:12, 32 + 7])
         assert pack(there, num_axes) is there
 
-    @pytest.mark.parametrize("num_rows", [3, 16, 29, 70])
-    def test_gate_and_up(self, unit, num_rows, monkeypatch):
+    @pytest.mark.parametrize(("num_rows", "width"), [(3, 64), (16, 64), (29, 64), (70, 64), (100, 576), (70, 672)])
+    def test_gate_and_up(self, unit, num_rows, width, monkeypatch):
         monkeypatch.setattr(packed, "unit", lambda num_rows: unit)
-        x, kernel = operands(num_rows, 64, 192, jnp.bfloat16)
-        x, kernel = x * jnp.geomspace(1e-3, 10, num_rows)[:, None], kernel.reshape(64, 2, 96)
+        x, kernel = operands(num_rows, width, 192, jnp.bfloat16)
+        x, kernel = x * jnp.geomspace(1e-3, 10, num_rows)[:, None], kernel.reshape(width, 2, 96)
         there = pack(kernel, 1)
         np.testing.assert_array_equal(unpack(there, 1), kernel)
         for num_tokens in {0, num_rows - 2, num_rows}:
@@ -152,7 +154,7 @@ class TestUnitsForBfloat16:
             np.testing.assert_array_equal(out[num_tokens:], 0)
 
     @pytest.mark.parametrize("num_bits", [4, 8])
-    @pytest.mark.parametrize("shape", [(192, 3, 32), (160, 2, 48), (2, 4, 8, 96)])
+    @pytest.mark.parametrize("shape", [(192, 3, 32), (160, 2, 48), (672, 2, 48), (2, 4, 8, 96)])
     def test_weights_of_few_bits_are_those_that_were_expanded_at_rest(self, unit, shape, num_bits, monkeypatch):
         monkeypatch.setattr(packed, "unit", lambda num_rows: unit)
         num_axes = len(shape) - 1 if shape[0] == 2 else 1
@@ -174,7 +176,7 @@ class TestUnitsForBfloat16:
         elif not packed.is_gated(at_rest):
             at_rest, kept = (kernel.reshape(kernel.shape[0], -1) for kernel in (at_rest, kept))
         assert packed.num_rows(kept) == num_rows
-        for num_tokens in (1, 16, 17, 40):
+        for num_tokens in (1, 16, 17, 40, 80):
             x = jax.random.normal(jax.random.key(num_tokens), (num_tokens, num_rows))
             for count in {num_tokens, num_tokens - 1}:
                 out, expected = (matmul(x, kernel, num_tokens=jnp.int32(count)) for kernel in (kept, at_rest))

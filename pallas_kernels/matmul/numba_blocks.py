@@ -18,10 +18,12 @@ _GROUPS, _COLUMNS = 4, 8
 """Columns of a block lie in groups, whose pairs of weights fill a vector of 16."""
 PAIR_BYTES = 4 * PANEL
 """Of a pair of rows of a panel in bfloat16."""
+PIECES = BLOCK_ROWS // 2
+"""In which a block's expansion is emitted."""
 
 
 def emit_expand(b, block, panel, num_bits):
-    """Emits the expansion of the block at an int64 address to the 16 pairs of rows of a panel at another."""
+    """Emits the expansion of the block at an int64 address to the 16 pairs of rows of a panel at another, a pair at a time."""
     scales, least = [], []
     for vectors, start in ((scales, 0), (least, BLOCK_HEAD_BYTES // 2)):
         for half in range(2):
@@ -30,7 +32,7 @@ def emit_expand(b, block, panel, num_bits):
                 order = WORDS([_COLUMNS * group + lane // 2 for lane in range(16)])
                 vectors.append(b.shuffle_vector(row, row, order))
     table = llvmlite.ir.Constant(FLOATS, [float(i) for i in range(16)])
-    for pair in range(BLOCK_ROWS // 2):
+    for pair in range(PIECES):
         weights = []
         for group in range(_GROUPS):
             place = (_GROUPS * pair + group) * num_bits  # in bits of each of the 16 words
@@ -44,6 +46,13 @@ def emit_expand(b, block, panel, num_bits):
         for half in range(2):
             both = instruction(b, "avx512bf16.cvtne2ps2bf16", *weights[2 * half : 2 * half + 2][::-1], returns=PAIRS)
             b.store(both, address(b, panel, PAIR_BYTES * pair + 64 * half, PAIRS), align=64)
+        yield
+
+
+def emit_all(pieces):
+    """Emits what a generator emits piece by piece."""
+    for _ in pieces:
+        pass
 
 
 @numba.extending.intrinsic(prefer_literal=True)
@@ -60,7 +69,7 @@ def expand(typing_context, source, num_blocks, panel, num_bits):
         with numba.core.cgutils.for_range(b, num_blocks) as loop:
             block = b.add(source, b.mul(loop.index, INT64(block_bytes(bits.literal_value))))
             to = b.add(panel, b.mul(loop.index, INT64(PAIR_BYTES * BLOCK_ROWS // 2)))
-            emit_expand(b, block, to, bits.literal_value)
+            emit_all(emit_expand(b, block, to, bits.literal_value))
         return context.get_dummy_value()
 
     return numba.types.void(*(numba.types.int64,) * 3, bits), generate

@@ -13,10 +13,14 @@ from pallas_kernels.matmul import (
     numba_blocks,
     numba_float32,
     numba_gated,
+    numba_tiles,
     packed,
     panels,
 )
 from pallas_kernels.numba_ffi import fingerprint, register
+
+ANY_NUMBER = 1 << 62
+"""Of tokens."""
 
 
 def matmul(
@@ -60,7 +64,17 @@ def unit_for(kernel, is_transposed: bool) -> str:
 def _target(dtype: str, unit: str, form: str) -> str:
     """Makes XLA know the product of kernels of a dtype in a form ("transposed", "plain", "packed", "gated"); returns its name."""
     name = f"matmul_{form}_{dtype}_in_{unit}"
-    modules = panels, numba_amx, numba_bfloat16, numba_blocks, numba_float32, numba_gated, numba_vectors16, packed
+    modules = (
+        panels,
+        numba_amx,
+        numba_bfloat16,
+        numba_blocks,
+        numba_float32,
+        numba_gated,
+        numba_tiles,
+        numba_vectors16,
+        packed,
+    )
     sources = fingerprint(*(module.__file__ for module in modules))
     is_transposed, is_gated = form == "transposed", form == "gated"
     num_bits = packed.num_bits(jax.ShapeDtypeStruct((), dtype))
@@ -71,8 +85,8 @@ def _target(dtype: str, unit: str, form: str) -> str:
             work = numba_bfloat16.make_work(sources, form)
         case _:
             work = numba_float32.make_work(sources, jnp.dtype(dtype).itemsize, 1 if is_transposed else 0)
-    describe = panels.make_describe(sources, packed.GATED_COLUMNS if is_gated else packed.PANEL)
     # Two panels of gate and up give a whole line of the cache, which two threads had better not share.
-    items_per_turn = numba_amx.PANELS if is_gated or unit == "amx" else 1
-    register(name, describe, work, num_words=panels.NUM_WORDS, items_per_turn=items_per_turn)
+    pairs_up_to = ANY_NUMBER if is_gated else numba_amx.ROWS if unit == "amx" else 0
+    describe = panels.make_describe(sources, packed.GATED_COLUMNS if is_gated else packed.PANEL, pairs_up_to)
+    register(name, describe, work, num_words=panels.NUM_WORDS, items_per_turn=1)
     return name

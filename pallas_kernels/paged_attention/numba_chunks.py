@@ -10,9 +10,9 @@ import typing
 import numba
 import numpy as np
 
-from pallas_kernels.matmul.numba_amx import DEPTH, PANELS, ROWS, configure, release_tiles, tiles
 from pallas_kernels.matmul.numba_bfloat16 import pack_pair
 from pallas_kernels.matmul.numba_float32 import turn_square
+from pallas_kernels.matmul.numba_tiles import DEPTH, ROWS, configure, release_tiles, tiles
 from pallas_kernels.matmul.packed import PANEL
 from pallas_kernels.numba_ffi import array
 from pallas_kernels.numba_vectors16 import WIDTH, scale_row, softmax_row, split_row
@@ -58,14 +58,19 @@ def _pack(table, k_data, v_data, page_bytes, page_size, head_dim, num_keys, num_
 @typing.no_type_check
 def _product(left, left_stride, num_parts, part, panel, panel_bytes, num_panels, num_steps, out, out_stride, num_rows):
     """Up to 32 rows, as sums of `num_parts` (a constant) numbers `part` bytes apart, times panels of 32 columns."""
-    for p in range(0, num_panels, PANELS):
+    no, nothing = (0, 0), (0, 0, 0)
+    for p in range(0, num_panels, 2):
+        right = panel + panel_bytes * p, panel_bytes
         for row in range(0, num_rows, ROWS):
-            x = left + left_stride * row, left_stride
-            to, right = (out + out_stride * row + 4 * PANEL * p, out_stride), (panel + panel_bytes * p, panel_bytes)
+            rows, to = (
+                (left + left_stride * row, left_stride, 0),
+                (out + out_stride * row + 4 * PANEL * p, out_stride, 0),
+            )
+            operands = rows, right, num_steps, to, nothing, 0, no, part, no, -1, (0, 0, 0, 0), 0
             if p + 1 < num_panels:
-                tiles(x, right, num_steps, to, 0, 0, (0, 0), 2, num_parts, part, (0, 0), -1, 0)
+                tiles(operands, 1, 2, num_parts, 0, 0)
             else:
-                tiles(x, right, num_steps, to, 0, 0, (0, 0), 1, num_parts, part, (0, 0), -1, 0)
+                tiles(operands, 1, 1, num_parts, 0, 0)
 
 
 @numba.njit(error_model="numpy", forceinline=True)

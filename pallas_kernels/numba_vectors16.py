@@ -7,6 +7,7 @@ import llvmlite.ir
 import numba
 import numba.core.cgutils
 import numba.extending
+import numpy as np
 
 WIDTH = 16
 
@@ -22,8 +23,13 @@ INT64, WORD, FLOAT = llvmlite.ir.IntType(64), llvmlite.ir.IntType(32), llvmlite.
 FLOATS, WORDS = llvmlite.ir.VectorType(FLOAT, WIDTH), llvmlite.ir.VectorType(WORD, WIDTH)
 ROUNDED = llvmlite.ir.VectorType(BFloat(), WIDTH)
 PAIRS = llvmlite.ir.VectorType(BFloat(), 2 * WIDTH)
-EXP_TERMS = tuple(1 / math.factorial(n) for n in range(6, -1, -1))
-"""Of e**r for |r| <= log(2) / 2: what is left out is below 2e-7."""
+EXP2_TERMS = tuple(
+    np.polynomial.Chebyshev.interpolate(np.exp2, 5, (-0.5, 0.5))
+    .convert(kind=np.polynomial.Polynomial)
+    .coef[::-1]
+    .tolist()
+)
+"""Of 2**r for |r| <= 1 / 2, off by less than 2e-7 of it."""
 
 
 def address(b, base, offset, element):
@@ -83,19 +89,30 @@ def larger(b, bound, x):
     return b.select(b.fcmp_ordered(">", bound, x), bound, x)
 
 
-def exp(b, x, *, is_negative=False):
-    """e**x, with x held between -87 and, unless it `is_negative` anyway, 88."""
-    x = larger(b, constant(-87), x)
-    if not is_negative:
-        x = b.select(b.fcmp_ordered("<", constant(88), x), constant(88), x)
-    n = call(b, "rint", b.fmul(x, constant(1 / math.log(2))))
-    r = call(b, "fma", n, constant(-0.693359375), x)  # log(2) in two parts
-    r = call(b, "fma", n, constant(2.12194440e-4), r)
-    y = constant(EXP_TERMS[0])
-    for term in EXP_TERMS[1:]:
+def exp2(b, x):
+    """2**x, of any float32."""
+    n = call(b, "rint", x)
+    r = b.fsub(x, n)
+    y = constant(EXP2_TERMS[0])
+    for term in EXP2_TERMS[1:]:
         y = call(b, "fma", y, r, constant(term))
-    exponent = b.shl(b.fptosi(n, WORDS), WORDS([23] * WIDTH))
-    return b.bitcast(b.add(b.bitcast(y, WORDS), exponent), FLOATS)
+    half = llvmlite.ir.IntType(16)
+    return instruction(
+        b, "avx512.mask.scalef.ps", y, n, y, half(0xFFFF), WORD(4)
+    )  # all lanes, the rounding that is set
+
+
+def exp(b, x):
+    """e**x; relative to it off by less than 2e-7 (1 + |x| / 2)."""
+    return exp2(b, b.fmul(x, constant(1 / math.log(2))))
+
+
+def fold(b, x, combine):
+    """All lanes as one scalar, by `combine(b, x, y)` of vectors: of halves, of quarters, and so on."""
+    for distance in (8, 4, 2, 1):
+        other = b.shuffle_vector(x, x, WORDS([lane ^ distance for lane in range(WIDTH)]))
+        x = combine(b, x, other)
+    return b.extract_element(x, WORD(0))
 
 
 def splat(b, value, vector):
@@ -144,12 +161,37 @@ def scale_row(typing_context, source, factor, target, num_vectors, out_bytes):
     return numba.types.void(one, numba.types.float32, one, one, size), generate
 
 
+def _first_lanes(b, count):
+    """Which lanes are the first `count` (an int64)."""
+    lanes = llvmlite.ir.Constant(WORDS, list(range(WIDTH)))
+    return b.icmp_signed("<", lanes, splat(b, b.trunc(count, WORD), WORDS))
+
+
+@numba.extending.intrinsic
+@typing.no_type_check
+def peak_row(typing_context, scores, num_keys):
+    """The highest of the first `num_keys` (at least 1) float32 scores, of which there are whole vectors, at an int64 address."""
+
+    def generate(context, builder, signature, arguments):
+        b = builder
+        scores, num_keys = arguments
+        peaks = numba.core.cgutils.alloca_once(b, FLOATS)
+        last = b.udiv(b.sub(num_keys, INT64(1)), INT64(WIDTH))
+        is_seen = _first_lanes(b, b.sub(num_keys, b.mul(last, INT64(WIDTH))))
+        b.store(b.select(is_seen, load(b, scores, b.mul(last, INT64(4 * WIDTH))), constant("-inf")), peaks)
+        with numba.core.cgutils.for_range(b, last) as loop:
+            b.store(larger(b, b.load(peaks), load(b, scores, b.mul(loop.index, INT64(4 * WIDTH)))), peaks)
+        return fold(b, b.load(peaks), larger)
+
+    return numba.types.float32(numba.types.int64, numba.types.int64), generate
+
+
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def softmax_row(typing_context, scores, num_keys, num_vectors, scale, weights, part, num_parts):
-    """exp(scale (score - highest)) of the first `num_keys` (at least 1) scores, zero after them; returns their float32 sum.
+def weigh_row(typing_context, scores, num_keys, num_vectors, peak, scale, weights, part, num_parts):
+    """exp(scale (score - peak)) of the first `num_keys` scores, zero after them; returns their float32 sum.
 
-    16 * `num_vectors` weights are written, as `split_row` does; addresses are int64, `scale` is positive.
+    16 * `num_vectors` weights are written, as `split_row` does; addresses are int64.
     """
     count = num_parts
     if not isinstance(count, numba.types.IntegerLiteral):
@@ -157,41 +199,28 @@ def softmax_row(typing_context, scores, num_keys, num_vectors, scale, weights, p
 
     def generate(context, builder, signature, arguments):
         b = builder
-        scores, num_keys, num_vectors, scale, weights, part = arguments[:6]
-        scales = splat(b, scale, FLOATS)
-        peaks, sums = (numba.core.cgutils.alloca_once(b, FLOATS) for _ in range(2))
-        b.store(constant("-inf"), peaks)
+        scores, num_keys, num_vectors, peak, scale, weights, part = arguments[:7]
+        factor = b.fmul(scale, FLOAT(1 / math.log(2)))
+        factors, shifts = splat(b, factor, FLOATS), splat(b, b.fmul(b.fneg(peak), factor), FLOATS)
+        sums = numba.core.cgutils.alloca_once(b, FLOATS)
         b.store(constant(0), sums)
-        num_whole = b.udiv(num_keys, INT64(WIDTH))
-        lanes = llvmlite.ir.Constant(WORDS, list(range(WIDTH)))
-        is_seen = b.icmp_signed("<", lanes, splat(b, b.trunc(b.urem(num_keys, INT64(WIDTH)), WORD), WORDS))
 
-        def scores_of(index):
-            return load(b, scores, b.mul(index, INT64(4 * WIDTH)))
-
-        def weigh(index, peak, mask=None):
-            value = exp(b, b.fmul(b.fsub(scores_of(index), peak), scales), is_negative=True)
+        def weigh(index, mask=None):
+            score = load(b, scores, b.mul(index, INT64(4 * WIDTH)))
+            value = exp2(b, call(b, "fma", score, factors, shifts))
             value = value if mask is None else b.select(mask, value, constant(0))
             b.store(b.fadd(b.load(sums), value), sums)
             store_parts(b, value, weights, b.mul(index, INT64(2 * WIDTH)), part, count.literal_value)
 
+        num_whole = b.udiv(num_keys, INT64(WIDTH))
         with numba.core.cgutils.for_range(b, num_whole) as loop:
-            b.store(larger(b, b.load(peaks), scores_of(loop.index)), peaks)
-        has_tail = b.icmp_signed("<", num_whole, num_vectors)
-        with b.if_then(has_tail):
-            tail = b.select(is_seen, scores_of(num_whole), constant("-inf"))
-            b.store(larger(b, b.load(peaks), tail), peaks)
-        peak = splat(b, call(b, "vector.reduce.fmax", b.load(peaks), returns=FLOAT), FLOATS)
-        with numba.core.cgutils.for_range(b, num_whole) as loop:
-            weigh(loop.index, peak)
-        with b.if_then(has_tail):
-            weigh(num_whole, peak, is_seen)
-        with numba.core.cgutils.for_range_slice(b, b.add(num_whole, INT64(1)), num_vectors, INT64(1), inc=True) as (
-            index,
-            _,
-        ):
+            weigh(loop.index)
+        with b.if_then(b.icmp_signed("<", num_whole, num_vectors)):
+            weigh(num_whole, _first_lanes(b, b.urem(num_keys, INT64(WIDTH))))
+        rest = b.add(num_whole, INT64(1))
+        with numba.core.cgutils.for_range_slice(b, rest, num_vectors, INT64(1), inc=True) as (index, _):
             store_parts(b, constant(0), weights, b.mul(index, INT64(2 * WIDTH)), part, count.literal_value)
-        return call(b, "vector.reduce.fadd", FLOAT(0.0), b.load(sums), returns=FLOAT)
+        return fold(b, b.load(sums), lambda b, x, y: b.fadd(x, y))
 
-    one = numba.types.int64
-    return numba.types.float32(one, one, one, numba.types.float32, one, one, count), generate
+    one, real = numba.types.int64, numba.types.float32
+    return real(one, one, one, real, real, one, one, count), generate

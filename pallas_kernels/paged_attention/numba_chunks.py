@@ -15,7 +15,7 @@ from pallas_kernels.matmul.numba_float32 import turn_square
 from pallas_kernels.matmul.numba_tiles import DEPTH, ROWS, configure, release_tiles, tiles
 from pallas_kernels.matmul.packed import PANEL
 from pallas_kernels.numba_ffi import array
-from pallas_kernels.numba_vectors16 import WIDTH, scale_row, softmax_row, split_row
+from pallas_kernels.numba_vectors16 import WIDTH, peak_row, scale_row, split_row, weigh_row
 
 BLOCK = 128
 """Tokens that share packed keys and values."""
@@ -114,7 +114,7 @@ def attend(
         zeros[d] = 0
     _pack(table, k_data, v_data, page_bytes, page_size, head_dim, num_keys, num_panels, nothing, keys, values)
     configure(scores, ROWS)
-    totals = np.empty(2 * ROWS, np.float32)
+    peaks, totals = np.empty(2 * ROWS, np.float32), np.empty(2 * ROWS, np.float32)
     for token in range(0, num_tokens, 2 * ROWS):
         count = min(2 * ROWS, num_tokens - token)
         used = (num_visible + token + count + PANEL - 2) // PANEL  # panels in sight of these tokens
@@ -130,10 +130,12 @@ def attend(
                 parts, 2 * head_dim, query_parts, query_bytes, keys, 2 * PANEL * head_dim, used, head_dim // DEPTH, scores,
                 score_stride, count,
             )  # fmt: skip
+            for i in range(count):  # of all rows at first: one peak alone would be waited for
+                peaks[i] = peak_row(scores + score_stride * i, num_visible + token + i)
             for i in range(count):
                 row, to = scores + score_stride * i, weights + weight_stride * i
                 seen, vectors = num_visible + token + i, used * (PANEL // WIDTH)
-                totals[i] = softmax_row(row, seen, vectors, scale, to, weight_bytes, weight_parts)
+                totals[i] = weigh_row(row, seen, vectors, peaks[i], scale, to, weight_bytes, weight_parts)
             _product(
                 weights, weight_stride, weight_parts, weight_bytes, values, 2 * PANEL * PANEL * num_panels, head_dim // PANEL,
                 used, sums, 4 * head_dim, count,

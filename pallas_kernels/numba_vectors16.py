@@ -89,6 +89,11 @@ def larger(b, bound, x):
     return b.select(b.fcmp_ordered(">", bound, x), bound, x)
 
 
+def add(b, x, y):
+    """The sum."""
+    return b.fadd(x, y)
+
+
 def exp2(b, x):
     """2**x, of any float32."""
     n = call(b, "rint", x)
@@ -220,7 +225,7 @@ def weigh_row(typing_context, scores, num_keys, num_vectors, peak, scale, weight
         rest = b.add(num_whole, INT64(1))
         with numba.core.cgutils.for_range_slice(b, rest, num_vectors, INT64(1), inc=True) as (index, _):
             store_parts(b, constant(0), weights, b.mul(index, INT64(2 * WIDTH)), part, count.literal_value)
-        return fold(b, b.load(sums), lambda b, x, y: b.fadd(x, y))
+        return fold(b, b.load(sums), add)
 
     one, real = numba.types.int64, numba.types.float32
     return real(one, one, one, real, real, one, one, count), generate

@@ -21,8 +21,10 @@ from pallas_kernels.numba_vectors16 import (
     FLOATS,
     INT64,
     WIDTH,
+    add,
     call,
     constant,
+    fold,
     load,
     splat,
     store_vector,
@@ -90,7 +92,7 @@ def norm_row(typing_context, x, scale, eps, num_vectors, out, out_bytes):
         with numba.core.cgutils.for_range(b, num_vectors) as loop:
             value = load(b, x, b.mul(loop.index, INT64(4 * WIDTH)))
             b.store(call(b, "fma", value, value, b.load(squares)), squares)
-        total = call(b, "vector.reduce.fadd", FLOAT(0.0), b.load(squares), returns=FLOAT)
+        total = fold(b, b.load(squares), add)
         mean = b.fdiv(total, b.sitofp(b.mul(num_vectors, INT64(WIDTH)), FLOAT))
         root = call(b, "sqrt", splat(b, b.fadd(mean, eps), FLOATS))
         factor = b.fdiv(constant(1), root)

@@ -44,20 +44,16 @@ def run(values: flags.FlagValues) -> None:
             pathlib.Path(values.out).open("a").close()
         loaded = serving.load(values)
         engine = serving.engine(values, loaded, SamplingParts() if values.prompt is None else None)
+        given = {} if values.max_tokens is None else {"max_tokens": values.max_tokens}
+        how = SamplingParams(temperature=values.temperature, seed=values.seed, **given)
         if values.prompt is not None:
-            request = _request(values, loaded)
+            text = values.prompt if values.raw else loaded.chat([{"role": "user", "content": values.prompt}])
+            request = Request("prompt", loaded.tokenizer.encode(text), how)
             engine.check(request)
     if values.prompt is not None:
         _stream(engine, request)
     else:
-        _answer_file(values, loaded, engine, data)
-
-
-def _request(values: flags.FlagValues, loaded: LoadedModel) -> Request:
-    text = values.prompt if values.raw else loaded.chat([{"role": "user", "content": values.prompt}])
-    given = {} if values.max_tokens is None else {"max_tokens": values.max_tokens}
-    how = SamplingParams(temperature=values.temperature, seed=values.seed, **given)
-    return Request("prompt", loaded.tokenizer.encode(text), how)
+        _answer_file(values, loaded, engine, data, how)
 
 
 def _stream(engine: Engine, request: Request) -> None:
@@ -76,8 +72,10 @@ def _stream(engine: Engine, request: Request) -> None:
     print(f"{what}, the first after {first_s:.2f} s, then {rate:.1f} tokens/s", file=sys.stderr)
 
 
-def _answer_file(values: flags.FlagValues, loaded: LoadedModel, engine: Engine, data: bytes) -> None:
-    lines = request_lines.parse_requests(data, loaded.tokenizer, loaded.chat, engine.check)
+def _answer_file(
+    values: flags.FlagValues, loaded: LoadedModel, engine: Engine, data: bytes, defaults: SamplingParams
+) -> None:
+    lines = request_lines.parse_requests(data, loaded.tokenizer, loaded.chat, engine.check, defaults)
     requests = [line.request for line in lines if line.request is not None]
     start_s = time.perf_counter()
     engine.warm_up()

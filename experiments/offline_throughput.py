@@ -66,6 +66,8 @@ def run(values: flags.FlagValues) -> list[dict[str, Any]]:
             if label or values.repeats > 1:
                 print(f"-- {label or NAME} ({repeat + 1} of {values.repeats})")
             results.append(_serve(own, models))
+            if values.sweep:
+                _check_metric(values.sweep_metric, results[-1])
             gc.collect()  # the engine's KV cache, before the next one is made
     records = []
     for (point, own), results in zip(points, runs, strict=True):
@@ -171,6 +173,14 @@ def _median(results: list[Run]) -> Run:
     return dataclasses.replace(middle, metrics=middle.metrics | spread)
 
 
+def _check_metric(name: str, one: Run) -> None:
+    """Said after the first run of a sweep, not after the last."""
+    known = _with_optimum(_median([one]), one.peak).metrics
+    with serving_flags.one_line_errors():
+        if name not in known:
+            raise ValueError(f"--sweep_metric={name} is none of {', '.join(known)}")
+
+
 def _write_sweep(
     values: flags.FlagValues, points: list[dict], records: list[dict[str, Any]], folder: pathlib.Path
 ) -> None:
@@ -180,9 +190,6 @@ def _write_sweep(
         config.pop(name, None)
     record = make_record(NAME, "measured", metrics={}, config=config, seed=values.seed, series={"sweep": table})
     write_record(record, folder / f"{NAME}-sweep.json")
-    with serving_flags.one_line_errors():
-        if values.sweep_metric not in table:
-            raise ValueError(f"--sweep_metric={values.sweep_metric} is none of {', '.join(table)}")
     print(f"\n{values.sweep_metric} by {', '.join(points[0])}:")
     for point, value in zip(points, table[values.sweep_metric], strict=True):
         label = ", ".join(f"{name}={setting}" for name, setting in point.items())

@@ -5,7 +5,8 @@
     {"id": 3, "prompt_ids": [1, 403, 9], "ignore_eos": true}
 
 `id` is text or an integer.  `prompt` is taken as it is, `messages` go through the model's chat template.  Everything
-else is optional and as in `nanojax.workload.SamplingParams`; `stop` is a text or a list of texts.
+else is optional and as in `nanojax.workload.SamplingParams`; `stop` is a text or a list of texts.  What a line does not say is
+as the caller's `defaults`.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from nanojax.weights import ChatTemplate, Tokenizer
 from nanojax.workload import Request, SamplingParams
 
 MAX_TOP_K = 2**31 - 1
+DEFAULTS = SamplingParams()
 PROMPT_KEYS = ("prompt", "prompt_ids", "messages")
 
 
@@ -60,7 +62,11 @@ class Line:
 
 
 def parse_requests(
-    data: bytes, tokenizer: Tokenizer, chat: ChatTemplate, check: Callable[[Request], None] = lambda request: None
+    data: bytes,
+    tokenizer: Tokenizer,
+    chat: ChatTemplate,
+    check: Callable[[Request], None] = lambda request: None,
+    defaults: SamplingParams = DEFAULTS,
 ) -> list[Line]:
     """The lines of a file, in order; blank ones are left out.
 
@@ -74,7 +80,7 @@ def parse_requests(
         try:
             entry = _parse_object(text)
             given_id = _id_of(entry)
-            request = to_request(entry, tokenizer, chat)
+            request = to_request(entry, tokenizer, chat, defaults)
             if request.request_id in seen:
                 raise ValueError(f"id {given_id!r} is used twice")
             check(request)
@@ -85,7 +91,9 @@ def parse_requests(
     return lines
 
 
-def to_request(entry: dict[str, Any], tokenizer: Tokenizer, chat: ChatTemplate) -> Request:
+def to_request(
+    entry: dict[str, Any], tokenizer: Tokenizer, chat: ChatTemplate, defaults: SamplingParams = DEFAULTS
+) -> Request:
     """The request of one parsed line.  Raises ValueError naming the key, its value and what is allowed."""
     for key in entry:
         if key not in KEYS:
@@ -104,7 +112,7 @@ def to_request(entry: dict[str, Any], tokenizer: Tokenizer, chat: ChatTemplate) 
     for key in ("temperature", "top_p"):
         if key in sampling:
             sampling[key] = _to_float(key, sampling[key])
-    return Request(str(_id_of(entry)), _prompt_ids(entry, tokenizer, chat), SamplingParams(**sampling))
+    return Request(str(_id_of(entry)), _prompt_ids(entry, tokenizer, chat), dataclasses.replace(defaults, **sampling))
 
 
 def format_line(line: Line, output: Output | None) -> str:

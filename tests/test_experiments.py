@@ -12,6 +12,7 @@ from absl import flags
 from experiments import breakdown, generate, offline_throughput, online_latency, request_lines, serving, serving_flags
 from experiments.record import read_record
 from nanojax.weights.chat import TEMPLATES
+from nanojax.workload import SamplingParams
 
 SMALL = ("--smoke", "--token_budgets=32")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -49,6 +50,13 @@ def test_a_sweep_writes_a_record_per_point_a_table_and_a_figure(tmp_path):
     assert table["max_tokens"] == [2, 5]
     assert table["num_repeats"] == [2, 2]
     assert (tmp_path / "offline_throughput-sweep.png").exists()
+
+
+def test_a_sweep_of_no_metric_ends_with_its_first_run(tmp_path, capsys):
+    sweep = ("--sweep=max_tokens=2,5", "--sweep_metric=tokens")
+    with pytest.raises(SystemExit, match=r"--sweep_metric=tokens is none of .*total_tokens_per_s"):
+        offline_throughput.run(parsed(offline_throughput, *SMALL, "--num_requests=2", f"--out={tmp_path}", *sweep))
+    assert "max_tokens=5" not in capsys.readouterr().out
 
 
 def test_online_latency_writes_a_row_per_rate(tmp_path):
@@ -165,6 +173,15 @@ def test_a_bad_line_is_told_what_is_wrong_with_it(line, message):
     assert message in (bad.error or "")
     assert other.request is not None
     assert other.request.sampling.stop == (".",)
+
+
+def test_what_a_line_does_not_say_is_as_the_defaults():
+    data = b'{"id": "a", "prompt": "x"}\n{"id": "b", "prompt": "x", "max_tokens": 3, "temperature": 0}'
+    defaults = SamplingParams(max_tokens=5, temperature=0.5, seed=7)
+    lines = request_lines.parse_requests(data, TOKENIZER, TEMPLATES["raw"], defaults=defaults)
+    one, other = (line.request.sampling for line in lines)
+    assert one == defaults
+    assert other == SamplingParams(max_tokens=3, temperature=0.0, seed=7)
 
 
 @pytest.mark.parametrize(

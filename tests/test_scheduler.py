@@ -227,13 +227,16 @@ def test_slots_are_ordered_by_rank_priority_and_arrival(few, rows):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 60), st.integers(-3, 40), st.booleans()), min_size=6, max_size=6))
-def test_peak_forecast_equals_brute_force(requests):
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(-3, 40), st.booleans()), min_size=6, max_size=6),
+    st.sampled_from([1, PAGE, 7, 16]),
+)
+def test_peak_forecast_equals_brute_force(requests, page_size):
     num_tokens, remaining, active = (np.array(column) for column in zip(*requests, strict=True))
     ours = admission.peak_pages(
-        jnp.array(num_tokens, jnp.int32), jnp.array(remaining, jnp.int32), jnp.array(active), PAGE
+        jnp.array(num_tokens, jnp.int32), jnp.array(remaining, jnp.int32), jnp.array(active), page_size
     )
-    brute = python_scheduler.peak_pages(num_tokens[active].tolist(), remaining[active].tolist(), PAGE)
+    brute = python_scheduler.peak_pages(num_tokens[active].tolist(), remaining[active].tolist(), page_size)
     assert int(ours) == brute
 
 

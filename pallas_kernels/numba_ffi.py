@@ -84,7 +84,7 @@ def clear_rows(out, stride, first, stop, num_bytes):
 @numba.njit(forceinline=True)
 @typing.no_type_check
 def set_items_per_turn(job_at, count):
-    """What a `Describe` may say of its job, instead of what `register` was given."""
+    """What a `Describe` may say of its job: how many items a thread takes at a time, else one."""
     array(job_at - 8 * (JOB - ITEMS_PER_TURN), np.int64, 1)[0] = count
 
 
@@ -219,7 +219,7 @@ def _task(record):
 
 @numba.njit(cache=True)
 @typing.no_type_check
-def _run(frame, describe, work, task, num_words, items_per_turn):
+def _run(frame, describe, work, task, num_words):
     """What every handler does, in one stage of a call."""
     if frame[FRAME_EXTENSION] != 0:  # XLA asks for the version, once
         metadata = array(frame[FRAME_EXTENSION], np.int64, 4)[EXTENSION_METADATA]
@@ -230,13 +230,12 @@ def _run(frame, describe, work, task, num_words, items_per_turn):
     record = _malloc(8 * (JOB + num_words))
     shared = array(record, np.int64, JOB)
     request = record + 8 * 17  # words that nobody else uses
-    shared[ITEMS_PER_TURN] = items_per_turn
+    shared[ITEMS_PER_TURN] = 1
     num_items = _call(describe, (np.int64(frame.ctypes.data), record + 8 * JOB))
-    items_per_turn = shared[ITEMS_PER_TURN]
     num_threads = np.int64(1)
     if _ask_pool(frame, API_NUM_THREADS, request, record + 8 * DONE, 0):
         num_threads = shared[DONE]
-    num_turns = -(-num_items // items_per_turn)
+    num_turns = -(-num_items // shared[ITEMS_PER_TURN])
     num_tasks = max(min(num_threads, num_turns) - 1, 0)
     shared[NEXT], shared[DONE], shared[HOLDERS] = 0, 0, num_tasks + 1
     shared[NUM_ITEMS], shared[WORK] = num_items, work
@@ -255,7 +254,7 @@ Work = numba.types.void(numba.types.int64, numba.types.int64, numba.types.int64)
 """`work(job, first, stop)`: does items `first` to `stop`, which no other item depends on."""
 
 
-def register(name: str, describe: Any, work: Any, *, num_words: int, items_per_turn: int) -> None:
+def register(name: str, describe: Any, work: Any, *, num_words: int) -> None:
     """Makes the CPU's implementation of the FFI target `name`, its work shared by the threads of XLA's pool.
 
     Of several threads that trace programs, all may call this for one name: the first one's counts, XLA refuses another.
@@ -276,7 +275,7 @@ def register(name: str, describe: Any, work: Any, *, num_words: int, items_per_t
     @numba.cfunc(numba.types.int64(numba.types.CPointer(numba.types.int64)), error_model="numpy")
     @typing.no_type_check
     def handler(frame):
-        _run(numba.carray(frame, (FRAME_SIZE,)), describe_at, work_at, task_at, num_words, items_per_turn)
+        _run(numba.carray(frame, (FRAME_SIZE,)), describe_at, work_at, task_at, num_words)
         return 0
 
     with _REGISTERING:

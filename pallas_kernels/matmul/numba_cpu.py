@@ -88,5 +88,5 @@ def _target(dtype: str, unit: str, form: str) -> str:
     # Two panels of gate and up give a whole line of the cache, which two threads had better not share.
     pairs_up_to = ANY_NUMBER if is_gated else numba_amx.ROWS if unit == "amx" else 0
     describe = panels.make_describe(sources, packed.GATED_COLUMNS if is_gated else packed.PANEL, pairs_up_to)
-    register(name, describe, work, num_words=panels.NUM_WORDS, items_per_turn=1)
+    register(name, describe, work, num_words=panels.NUM_WORDS)
     return name

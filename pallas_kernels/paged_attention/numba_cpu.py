@@ -33,8 +33,6 @@ from pallas_kernels.paged_attention import numba_chunks, numba_vectors
 from pallas_kernels.paged_attention.numba_chunks import BLOCK, QUERY_PARTS, WEIGHT_PARTS, attend
 from pallas_kernels.paged_attention.numba_vectors import MAX_SUMS, add_values, exponentiate, scores
 
-ROWS_PER_TURN = 1
-
 
 def paged_attention(
     q: Float[Array, "T H h"],
@@ -83,7 +81,7 @@ def _target(dtype: str, query_dtype: str, head_dim: int, group: int, has_unit: b
     sources = fingerprint(__file__, *(module.__file__ for module in modules))
     itemsizes = np.dtype(dtype).itemsize, jnp.dtype(query_dtype).itemsize
     work = _make_work(*itemsizes, head_dim, group, has_unit, sources)
-    register(name, _make_describe(has_unit, sources), work, num_words=NUM_WORDS, items_per_turn=ROWS_PER_TURN)
+    register(name, _make_describe(has_unit, sources), work, num_words=NUM_WORDS)
     return name
 
 

@@ -43,7 +43,7 @@ def _target(out_bytes: int) -> str:
     """Makes XLA know the rotation with results of 4 bytes (float32) or 2 (bfloat16); returns its name."""
     name = f"rotate_qkv_to_{out_bytes}_bytes"
     sources = fingerprint(__file__, numba_vectors16.__file__)
-    register(name, make_describe(sources), make_work(sources, out_bytes), num_words=NUM_WORDS, items_per_turn=1)
+    register(name, make_describe(sources), make_work(sources, out_bytes), num_words=NUM_WORDS)
     return name
 
 

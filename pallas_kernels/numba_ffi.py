@@ -4,6 +4,7 @@ XLA calls the handler from inside its program with a frame of pointers; no Pytho
 xla/ffi/api/c_api.h, read here as arrays of 8-byte words; they only ever grow at their end.
 """
 
+import functools
 import pathlib
 import threading
 import typing
@@ -289,6 +290,9 @@ _KEPT: dict[str, Any] = {}
 """Target -> compiled functions that XLA knows by their addresses only."""
 
 
-def fingerprint(*paths: str | None) -> int:
-    """A number that changes with the files: functions that numba keeps on disk refer to it, as numba sees only their own file."""
-    return zlib.crc32(b"".join(pathlib.Path(path).read_bytes() for path in (__file__, *paths) if path))
+@functools.cache
+def fingerprint() -> int:
+    """A number that changes with any file of this package: functions that numba keeps on disk refer to it, as numba sees only
+    their own file."""
+    files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+    return zlib.crc32(b"".join(path.read_bytes() for path in files))

@@ -6,14 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
-from pallas_kernels import numba_vectors16
 from pallas_kernels.matmul import (
     numba_amx,
     numba_bfloat16,
-    numba_blocks,
     numba_float32,
-    numba_gated,
-    numba_tiles,
     packed,
     panels,
 )
@@ -64,18 +60,7 @@ def unit_for(kernel, is_transposed: bool) -> str:
 def _target(dtype: str, unit: str, form: str) -> str:
     """Makes XLA know the product of kernels of a dtype in a form ("transposed", "plain", "packed", "gated"); returns its name."""
     name = f"matmul_{form}_{dtype}_in_{unit}"
-    modules = (
-        panels,
-        numba_amx,
-        numba_bfloat16,
-        numba_blocks,
-        numba_float32,
-        numba_gated,
-        numba_tiles,
-        numba_vectors16,
-        packed,
-    )
-    sources = fingerprint(*(module.__file__ for module in modules))
+    sources = fingerprint()
     is_transposed, is_gated = form == "transposed", form == "gated"
     num_bits = packed.num_bits(jax.ShapeDtypeStruct((), dtype))
     match unit:

@@ -14,9 +14,7 @@ import numba
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt16
 
-from pallas_kernels import numba_vectors16
 from pallas_kernels.device import cpu_has_amx
-from pallas_kernels.matmul import numba_bfloat16, numba_float32, numba_tiles, packed
 from pallas_kernels.numba_ffi import (
     FRAME_SIZE,
     LANES,
@@ -29,7 +27,7 @@ from pallas_kernels.numba_ffi import (
     prefetch,
     register,
 )
-from pallas_kernels.paged_attention import numba_chunks, numba_vectors
+from pallas_kernels.paged_attention import numba_chunks
 from pallas_kernels.paged_attention.numba_chunks import BLOCK, QUERY_PARTS, WEIGHT_PARTS, attend
 from pallas_kernels.paged_attention.numba_vectors import MAX_SUMS, add_values, exponentiate, scores
 
@@ -77,8 +75,7 @@ def _target(dtype: str, query_dtype: str, head_dim: int, group: int, has_unit: b
     has_unit: chunks are for the matrix unit.
     """
     name = f"paged_attention_{dtype}_of_{query_dtype}_h{head_dim}_g{group}{'_amx' if has_unit else ''}"
-    modules = numba_vectors, numba_chunks, numba_tiles, numba_bfloat16, numba_float32, packed, numba_vectors16
-    sources = fingerprint(__file__, *(module.__file__ for module in modules))
+    sources = fingerprint()
     itemsizes = np.dtype(dtype).itemsize, jnp.dtype(query_dtype).itemsize
     work = _make_work(*itemsizes, head_dim, group, has_unit, sources)
     register(name, _make_describe(has_unit, sources), work, num_words=NUM_WORDS)

@@ -14,7 +14,6 @@ import numba.extending
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import numba_vectors16
 from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, Work, array, buffer, clear_rows, fingerprint, register
 from pallas_kernels.numba_vectors16 import (
     FLOAT,
@@ -51,7 +50,7 @@ def rms_norm(
 def _target(out_bytes: int) -> str:
     """Makes XLA know the norm with results of 4 bytes (float32) or 2 (bfloat16); returns its name."""
     name = f"rms_norm_to_{out_bytes}_bytes"
-    sources = fingerprint(__file__, numba_vectors16.__file__)
+    sources = fingerprint()
     register(name, make_describe(sources), make_work(sources, out_bytes), num_words=NUM_WORDS)
     return name
 

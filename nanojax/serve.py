@@ -23,6 +23,7 @@ from nanojax import intake, invariants, scheduler
 from nanojax.array_types import Params
 from nanojax.config import EngineConfig, ModelConfig
 from nanojax.engine import Arrivals, Finish, Forward
+from nanojax.huge_pages import use_huge_pages
 from nanojax.invariants import InvariantError
 from nanojax.live_request import Event, LiveRequest, Output
 from nanojax.metrics import RequestRecord, StepRecord
@@ -90,6 +91,7 @@ class Engine:
         # Committed from the start: what a step returns is, and a program compiles once for each case it meets.
         device = next(iter(jax.tree.leaves(params)[0].devices()))
         self._params, self._state = jax.device_put((params, _init(config, model, kv_dtype)), device)
+        use_huge_pages(self._state.kv)  # a step updates it in place
         self._clock = clock
         forwards = execute.forward_per_budget(
             model, config.token_budgets, pipelines or {}, attention=attention, use_streams=use_streams,

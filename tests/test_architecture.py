@@ -21,7 +21,7 @@ RANKS = [
     ["pallas_kernels.matmul", "pallas_kernels.rms_norm"],
     ["pallas_kernels"],
     ["pallas_kernels.overlap"],
-    ["nanojax.config", "nanojax.control", "nanojax.hardware", "nanojax.models.layers"],
+    ["nanojax.config", "nanojax.control", "nanojax.hardware", "nanojax.huge_pages", "nanojax.models.layers"],
     [
         "nanojax.kv_cache",
         "nanojax.ordering",

@@ -1,14 +1,19 @@
 """Law: any program of grow, share and release keeps every page with exactly its holders (checked against Python lists)."""
 
+import platform
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanojax import kv_cache
 from nanojax.config import EngineConfig
+from nanojax.huge_pages import use_huge_pages
 from nanojax.kv_cache import KVPages
 
 CONFIG = EngineConfig(num_slots=4, num_pages=12, max_len=20, page_size=4)
@@ -81,3 +86,31 @@ def test_write_reaches_its_page_and_offset_and_drops_padding():
 
 def test_pages_for_rounds_up():
     np.testing.assert_array_equal(kv_cache.pages_for(jnp.array([0, 1, 4, 5, 8]), 4), [0, 1, 1, 2, 2])
+
+
+def huge_bytes() -> int:
+    """What this process has in huge pages."""
+    with open("/proc/self/smaps_rollup") as lines:
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+
+def has_huge_pages() -> bool:
+    version = re.match(r"(\d+)\.(\d+)", platform.release())
+    return platform.system() == "Linux" and version is not None and tuple(map(int, version.groups())) >= (6, 1)
+
+
+@pytest.mark.skipif(not has_huge_pages(), reason="needs Linux 6.1 or later")
+def test_pages_move_into_huge_pages_and_stay_as_they_are():
+    shape = 4, 512, 2, 64, 64  # 32 MiB
+    pages = KVPages(*(jax.random.bits(jax.random.key(i), shape, jnp.uint16) for i in range(2)))
+    before, values, address = huge_bytes(), jax.device_get(pages), pages.k.unsafe_buffer_pointer()
+    assert use_huge_pages(pages)
+    assert huge_bytes() - before >= 2 * 28 * 2**20
+    assert pages.k.unsafe_buffer_pointer() == address
+    chex.assert_trees_all_equal(jax.device_get(pages), values)
+
+
+def test_small_arrays_stay_where_they_are():
+    pages = KVPages(jnp.ones((1, 2, 1, 4, 8)), jnp.zeros((1, 2, 1, 4, 8)))
+    use_huge_pages(pages)
+    chex.assert_trees_all_equal(pages, KVPages(jnp.ones((1, 2, 1, 4, 8)), jnp.zeros((1, 2, 1, 4, 8))))

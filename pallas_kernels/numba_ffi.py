@@ -115,7 +115,7 @@ def _prefetch_line(typing_context, address):
     """Starts to bring the 64 bytes at the int64 `address` near."""
 
     def generate(context, builder, signature, arguments):
-        fetch_line(builder, arguments[0])
+        fetch_line(builder, arguments[0], 2)
         return context.get_dummy_value()
 
     return numba.types.void(numba.types.int64), generate

@@ -112,12 +112,19 @@ def exp(b, x):
     return exp2(b, b.fmul(x, constant(1 / math.log(2))))
 
 
-def fold(b, x, combine):
-    """All lanes as one scalar, by `combine(b, x, y)` of vectors: of halves, of quarters, and so on."""
-    for distance in (8, 4, 2, 1):
+def fold_lanes(b, x, combine, interval):
+    """In each lane all lanes `interval` (a power of 2) apart, by `combine(b, x, y)`: of halves, of quarters, and so on."""
+    distance = WIDTH // 2
+    while distance >= interval:
         other = b.shuffle_vector(x, x, WORDS([lane ^ distance for lane in range(WIDTH)]))
         x = combine(b, x, other)
-    return b.extract_element(x, WORD(0))
+        distance //= 2
+    return x
+
+
+def fold(b, x, combine):
+    """All lanes as one scalar, as `fold_lanes`."""
+    return b.extract_element(fold_lanes(b, x, combine, 1), WORD(0))
 
 
 def splat(b, value, vector):
@@ -172,60 +179,78 @@ def _first_lanes(b, count):
     return b.icmp_signed("<", lanes, splat(b, b.trunc(count, WORD), WORDS))
 
 
-@numba.extending.intrinsic
-@typing.no_type_check
-def peak_row(typing_context, scores, num_keys):
-    """The highest of the first `num_keys` (at least 1) float32 scores, of which there are whole vectors, at an int64 address."""
-
-    def generate(context, builder, signature, arguments):
-        b = builder
-        scores, num_keys = arguments
-        peaks = numba.core.cgutils.alloca_once(b, FLOATS)
-        last = b.udiv(b.sub(num_keys, INT64(1)), INT64(WIDTH))
-        is_seen = _first_lanes(b, b.sub(num_keys, b.mul(last, INT64(WIDTH))))
-        b.store(b.select(is_seen, load(b, scores, b.mul(last, INT64(4 * WIDTH))), constant("-inf")), peaks)
-        with numba.core.cgutils.for_range(b, last) as loop:
-            b.store(larger(b, b.load(peaks), load(b, scores, b.mul(loop.index, INT64(4 * WIDTH)))), peaks)
-        return fold(b, b.load(peaks), larger)
-
-    return numba.types.float32(numba.types.int64, numba.types.int64), generate
-
-
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def weigh_row(typing_context, scores, num_keys, num_vectors, peak, scale, weights, part, num_parts):
-    """exp(scale (score - peak)) of the first `num_keys` scores, zero after them; returns their float32 sum.
+def peak_row(typing_context, scores, num_scores, peaks, interval):
+    """The highest of the first `num_scores` (at least 1) float32 scores, of which there are whole vectors, in 16 lanes at `peaks`.
 
-    16 * `num_vectors` weights are written, as `split_row` does; addresses are int64.
+    `interval` (a power of 2 up to 16, a constant) rows have their scores in turn: so many lanes differ.
     """
-    count = num_parts
-    if not isinstance(count, numba.types.IntegerLiteral):
+    step = interval
+    if not isinstance(step, numba.types.IntegerLiteral):
         return None
 
     def generate(context, builder, signature, arguments):
         b = builder
-        scores, num_keys, num_vectors, peak, scale, weights, part = arguments[:7]
-        factor = b.fmul(scale, FLOAT(1 / math.log(2)))
-        factors, shifts = splat(b, factor, FLOATS), splat(b, b.fmul(b.fneg(peak), factor), FLOATS)
+        scores, num_scores, to = arguments[:3]
+        peaks = numba.core.cgutils.alloca_once(b, FLOATS)
+        last = b.udiv(b.sub(num_scores, INT64(1)), INT64(WIDTH))
+        is_seen = _first_lanes(b, b.sub(num_scores, b.mul(last, INT64(WIDTH))))
+        b.store(b.select(is_seen, load(b, scores, b.mul(last, INT64(4 * WIDTH))), constant("-inf")), peaks)
+        with numba.core.cgutils.for_range(b, last) as loop:
+            b.store(larger(b, b.load(peaks), load(b, scores, b.mul(loop.index, INT64(4 * WIDTH)))), peaks)
+        store_vector(b, fold_lanes(b, b.load(peaks), larger, step.literal_value), to, INT64(0), 4)
+        return context.get_dummy_value()
+
+    return numba.types.void(*(numba.types.int64,) * 3, step), generate
+
+
+@numba.extending.intrinsic(prefer_literal=True)
+@typing.no_type_check
+def weigh_row(
+    typing_context, scores, num_scores, num_vectors, peaks, scale, weights, part, num_parts, totals, interval
+):
+    """exp(scale (score - peak)) of the first `num_scores` scores, zero after them; their float32 sums in 16 lanes at `totals`.
+
+    16 * `num_vectors` weights are written, as `split_row` does, or in float32 if `num_parts` is 0; addresses are int64.
+    peaks, interval: as `peak_row` has them.
+    """
+    constants = num_parts, interval
+    if not all(isinstance(number, numba.types.IntegerLiteral) for number in constants):
+        return None
+
+    def generate(context, builder, signature, arguments):
+        b = builder
+        scores, num_scores, num_vectors, peaks, scale, weights, part, _, totals, _ = arguments
+        count, step = (number.literal_value for number in constants)
+        factors = splat(b, b.fmul(scale, FLOAT(1 / math.log(2))), FLOATS)
+        shifts = b.fmul(b.fneg(load(b, peaks, 0)), factors)
         sums = numba.core.cgutils.alloca_once(b, FLOATS)
         b.store(constant(0), sums)
+
+        def store(value, index):
+            if count == 0:
+                store_vector(b, value, weights, index, 4)
+            else:
+                store_parts(b, value, weights, b.mul(index, INT64(2 * WIDTH)), part, count)
 
         def weigh(index, mask=None):
             score = load(b, scores, b.mul(index, INT64(4 * WIDTH)))
             value = exp2(b, call(b, "fma", score, factors, shifts))
             value = value if mask is None else b.select(mask, value, constant(0))
             b.store(b.fadd(b.load(sums), value), sums)
-            store_parts(b, value, weights, b.mul(index, INT64(2 * WIDTH)), part, count.literal_value)
+            store(value, index)
 
-        num_whole = b.udiv(num_keys, INT64(WIDTH))
+        num_whole = b.udiv(num_scores, INT64(WIDTH))
         with numba.core.cgutils.for_range(b, num_whole) as loop:
             weigh(loop.index)
         with b.if_then(b.icmp_signed("<", num_whole, num_vectors)):
-            weigh(num_whole, _first_lanes(b, b.urem(num_keys, INT64(WIDTH))))
+            weigh(num_whole, _first_lanes(b, b.urem(num_scores, INT64(WIDTH))))
         rest = b.add(num_whole, INT64(1))
         with numba.core.cgutils.for_range_slice(b, rest, num_vectors, INT64(1), inc=True) as (index, _):
-            store_parts(b, constant(0), weights, b.mul(index, INT64(2 * WIDTH)), part, count.literal_value)
-        return fold(b, b.load(sums), add)
+            store(constant(0), index)
+        store_vector(b, fold_lanes(b, b.load(sums), add, step), totals, INT64(0), 4)
+        return context.get_dummy_value()
 
     one, real = numba.types.int64, numba.types.float32
-    return real(one, one, one, real, real, one, one, count), generate
+    return numba.types.void(one, one, one, one, real, one, one, num_parts, one, interval), generate

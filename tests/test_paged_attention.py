@@ -208,9 +208,11 @@ class TestContract:
 
 
 @needs_numba
-@pytest.mark.parametrize("convert", [dict, as_bits])
-def test_a_decode_row_of_numba_depends_on_no_other_row(convert):
-    together = convert(tiny_args(tiny(BATCHES["decode only"])))
+@pytest.mark.parametrize(
+    ("convert", "dtype", "head_dim"), [(dict, jnp.float32, 8), (as_bits, jnp.float32, 8), (as_bits, jnp.bfloat16, 64)]
+)
+def test_a_decode_row_of_numba_depends_on_no_other_row(convert, dtype, head_dim):
+    together = convert(tiny_args(tiny(BATCHES["decode only"], head_dim=head_dim), dtype))
     row = 2
     alone = {**together, "kv_lens": jnp.zeros_like(together["kv_lens"]).at[0].set(together["kv_lens"][row])}
     alone["page_indices"] = jnp.roll(together["page_indices"], -row, axis=0)
@@ -401,8 +403,12 @@ def poisoned(spec: ArgSpec, args: dict) -> dict:
 
 
 @pytest.mark.skipif(not cpu_has_amx(), reason="needs a CPU with AMX")
-class TestChunksOnTheMatrixUnit:
-    @pytest.mark.parametrize("shape", [(6, 2, 64, 16), (4, 4, 64, 32), (4, 2, 128, 64)], ids=str)
+class TestOnTheMatrixUnit:
+    @pytest.mark.parametrize(
+        "shape",
+        [(6, 2, 64, 16), (4, 4, 64, 32), (4, 2, 128, 64), (7, 1, 64, 16), (16, 1, 64, 16), (17, 1, 64, 16)],
+        ids=str,
+    )
     @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
     def test_nothing_but_what_is_in_sight_counts(self, batch, shape, dtype):

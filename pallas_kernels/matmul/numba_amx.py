@@ -71,7 +71,7 @@ def make_work(sources, form, num_bits):
         buffer_ = np.empty(sums_bytes + held_bytes + 64, np.uint8)
         sums = (buffer_.ctypes.data + 63) // 64 * 64
         held = sums + sums_bytes
-        configure(sums, rows)
+        configure(sums, rows, PANEL // 2)
         gated, num_gated = (sums, sums, 0, 0), 0
         for panel in range(first, stop if num_tokens > 0 else first, num_panels):
             has_two = has_one_block and panel + 1 < stop

@@ -34,7 +34,7 @@ BYTES = BYTE.as_pointer()
 LEFT, RIGHT = (4, 5), 6  # tiles, after those of sums
 
 
-def _emit(b, name, *arguments):
+def emit_tile(b, name, *arguments):
     """Calls an intrinsic of AMX: small integers name tiles, all else is a pointer or a stride."""
     values = [BYTE(a) if isinstance(a, int) else a for a in arguments]
     function_type = llvmlite.ir.FunctionType(llvmlite.ir.VoidType(), [value.type for value in values])
@@ -48,7 +48,7 @@ def _set_tiles(typing_context, config):
     """Takes the tiles' shapes from the 64 bytes at an int64 address."""
 
     def generate(context, builder, signature, arguments):
-        _emit(builder, "ldtilecfg", builder.inttoptr(arguments[0], BYTES))
+        emit_tile(builder, "ldtilecfg", builder.inttoptr(arguments[0], BYTES))
         return context.get_dummy_value()
 
     return numba.types.void(numba.types.int64), generate
@@ -60,7 +60,7 @@ def release_tiles(typing_context):
     """Gives the tiles back, so that a switch of threads need not save them."""
 
     def generate(context, builder, signature, arguments):
-        _emit(builder, "tilerelease")
+        emit_tile(builder, "tilerelease")
         return context.get_dummy_value()
 
     return numba.types.void(), generate
@@ -68,14 +68,14 @@ def release_tiles(typing_context):
 
 @numba.njit(forceinline=True)
 @typing.no_type_check
-def configure(at, num_rows):
-    """Gives tiles of sums and left operands `num_rows` rows, that of right operands 16; rows of 64 bytes."""
+def configure(at, num_rows, num_columns):
+    """Gives tiles of sums and left operands `num_rows` rows and tiles of sums and right operands `num_columns` columns."""
     palette, columns, rows = array(at, np.int64, 8), array(at + 16, np.uint16, 8), array(at + 48, np.uint8, 8)
     for i in range(8):
         palette[i] = 0
     palette[0] = 1
     for tile in range(RIGHT + 1):
-        columns[tile] = 64
+        columns[tile] = 64 if tile in LEFT else 4 * num_columns
         rows[tile] = num_rows if tile < RIGHT else ROWS
     _set_tiles(at)
 
@@ -146,10 +146,10 @@ def tiles(typing_context, operands, num_blocks, num_panels, num_parts, num_bits,
         with b.if_else(b.icmp_signed("!=", b.extract_value(added, 0), INT64(0))) as (has_added, has_none):
             with has_added:
                 for tile, at, stride in sums(added):
-                    _emit(b, "tileloadd64", tile, at, stride)
+                    emit_tile(b, "tileloadd64", tile, at, stride)
             with has_none:
                 for tile in range(block_count * len(halves)):
-                    _emit(b, "tilezero", tile)
+                    emit_tile(b, "tilezero", tile)
         starts = [b.add(panel, b.mul(panel_bytes, INT64(p))) for p in panels]
         with numba.core.cgutils.for_range(b, num_steps) as loop:
             column, row = b.mul(loop.index, INT64(2 * DEPTH)), b.and_(b.mul(loop.index, INT64(STEP_BYTES)), mask)
@@ -166,12 +166,12 @@ def tiles(typing_context, operands, num_blocks, num_panels, num_parts, num_bits,
                 place = b.add(b.add(left, column), b.mul(part, INT64(i)))
                 for block in blocks:
                     at = b.add(place, b.mul(next_left, INT64(block)))
-                    _emit(b, load_left, LEFT[block], b.inttoptr(at, BYTES), left_stride)
+                    emit_tile(b, load_left, LEFT[block], b.inttoptr(at, BYTES), left_stride)
                 for h, (p, half) in enumerate(halves):
                     place = b.add(starts[p], b.add(row, INT64(64 * half)))
-                    _emit(b, "tileloadd64", RIGHT, b.inttoptr(place, BYTES), INT64(4 * PANEL))
+                    emit_tile(b, "tileloadd64", RIGHT, b.inttoptr(place, BYTES), INT64(4 * PANEL))
                     for block in blocks:
-                        _emit(b, "tdpbf16ps", block * len(halves) + h, LEFT[block], RIGHT)
+                        emit_tile(b, "tdpbf16ps", block * len(halves) + h, LEFT[block], RIGHT)
                         emit_all(itertools.islice(meanwhile, num_between))
             with b.if_then(has_following):
                 emit_all(expanding)
@@ -189,7 +189,7 @@ def tiles(typing_context, operands, num_blocks, num_panels, num_parts, num_bits,
             with numba.core.cgutils.for_range_slice(b, num_steps, num_gated, INT64(1), inc=True) as (index, _):
                 emit_all(gate(index))
         for tile, at, stride in sums(out):
-            _emit(b, "tilestored64", tile, at, stride)
+            emit_tile(b, "tilestored64", tile, at, stride)
         return context.get_dummy_value()
 
     return numba.types.void(operands, *constants), generate

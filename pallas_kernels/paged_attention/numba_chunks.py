@@ -113,8 +113,8 @@ def attend(
     for d in range(head_dim):
         zeros[d] = 0
     _pack(table, k_data, v_data, page_bytes, page_size, head_dim, num_keys, num_panels, nothing, keys, values)
-    configure(scores, ROWS)
-    peaks, totals = np.empty(2 * ROWS, np.float32), np.empty(2 * ROWS, np.float32)
+    configure(scores, ROWS, PANEL // 2)
+    peaks, totals = np.empty(2 * ROWS * WIDTH, np.float32), np.empty(2 * ROWS * WIDTH, np.float32)
     for token in range(0, num_tokens, 2 * ROWS):
         count = min(2 * ROWS, num_tokens - token)
         used = (num_visible + token + count + PANEL - 2) // PANEL  # panels in sight of these tokens
@@ -131,17 +131,18 @@ def attend(
                 score_stride, count,
             )  # fmt: skip
             for i in range(count):  # of all rows at first: one peak alone would be waited for
-                peaks[i] = peak_row(scores + score_stride * i, num_visible + token + i)
+                peak_row(scores + score_stride * i, num_visible + token + i, peaks.ctypes.data + 4 * WIDTH * i, 1)
             for i in range(count):
                 row, to = scores + score_stride * i, weights + weight_stride * i
-                seen, vectors = num_visible + token + i, used * (PANEL // WIDTH)
-                totals[i] = weigh_row(row, seen, vectors, peaks[i], scale, to, weight_bytes, weight_parts)
+                seen, vectors, lanes = num_visible + token + i, used * (PANEL // WIDTH), 4 * WIDTH * i
+                peak, total = peaks.ctypes.data + lanes, totals.ctypes.data + lanes
+                weigh_row(row, seen, vectors, peak, scale, to, weight_bytes, weight_parts, total, 1)
             _product(
                 weights, weight_stride, weight_parts, weight_bytes, values, 2 * PANEL * PANEL * num_panels, head_dim // PANEL,
                 used, sums, 4 * head_dim, count,
             )  # fmt: skip
             for i in range(count):
-                share, to = np.float32(1) / totals[i], out + first + token_bytes * i
+                share, to = np.float32(1) / totals[WIDTH * i], out + first + token_bytes * i
                 scale_row(sums + 4 * head_dim * i, share, to, head_dim // WIDTH, itemsize)
     release_tiles()
     buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.device import cpu_has_amx
+from pallas_kernels.matmul.numba_tiles import configure, release_tiles
 from pallas_kernels.numba_ffi import (
     FRAME_SIZE,
     LANES,
@@ -23,13 +24,15 @@ from pallas_kernels.numba_ffi import (
     array,
     attribute,
     buffer,
+    clear_rows,
     fingerprint,
-    prefetch,
     register,
 )
+from pallas_kernels.numba_vectors16 import WIDTH
 from pallas_kernels.paged_attention import numba_chunks
 from pallas_kernels.paged_attention.numba_chunks import BLOCK, QUERY_PARTS, WEIGHT_PARTS, attend
-from pallas_kernels.paged_attention.numba_vectors import MAX_SUMS, add_values, exponentiate, scores
+from pallas_kernels.paged_attention.numba_vectors import MAX_SUMS, add_values, value_order
+from pallas_kernels.paged_attention.numba_weights import NUM_KEYS, weigh_by_tiles, weigh_by_vectors
 
 
 def paged_attention(
@@ -46,10 +49,10 @@ def paged_attention(
 ) -> Float[Array, "T H h"]:
     """Attention as `api.paged_attention` defines it; products and sums in float32 (chunks of bfloat16: weights of 16 bits).
 
-    Pages of uint16 or float32, for a CPU.  Where the matrix unit (AMX) takes the pages, it does chunks (`numba_chunks`).
-    Else every token is a row of its own to the kernel: a token of a chunk reads the chunk's pages again, out of
-    the cores' caches.  Either way a token's result depends on that token's row alone, to the last bit; the two ways differ
-    in the last bits.
+    Pages of uint16 or float32, for a CPU.  Where the matrix unit (AMX) takes the pages, it does chunks (`numba_chunks`), and
+    the scores of single tokens in bfloat16 (`numba_weights`).  Else every token is a row of its own to the kernel: a token of a
+    chunk reads the chunk's pages again, out of the cores' caches.  Either way a token's result depends on that token's row
+    alone, to the last bit; the ways differ in the last bits.
     """
     del num_decode
     num_tokens, num_heads, head_dim = q.shape
@@ -144,7 +147,9 @@ def _write(values, target, itemsize):
 def _make_work(itemsize, query_itemsize, head_dim, group, has_unit, sources):
     """The work: bytes per element of pages and of queries, `head_dim` and `group` are constants, other sizes come with the call."""
     num_keys = min(4, math.gcd(head_dim, LANES), 1 << (max(1, MAX_SUMS // group).bit_length() - 1))  # a power of 2
-
+    by_unit = has_unit and query_itemsize == 2 and group <= WIDTH  # each token too, not chunks alone
+    interval = 1 << (group - 1).bit_length()  # of the group's heads side by side
+    taken, every = value_order(itemsize, head_dim)
     query_parts, weight_parts = QUERY_PARTS[query_itemsize], WEIGHT_PARTS[query_itemsize]
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
@@ -159,11 +164,11 @@ def _make_work(itemsize, query_itemsize, head_dim, group, has_unit, sources):
         num_heads = num_kv_heads * group
         token_size = head_dim * itemsize  # bytes of one KV head of a token
         block = page_size * token_size  # of one KV head in a page
+        page_bytes = num_kv_heads * block
         per_head = 4 * group * head_dim  # bytes of the sums of one KV head, in float32
         token_bytes = query_itemsize * num_heads * head_dim  # of a token's queries, and of its result
         scale = np.float32(array(job_at + 8 * SCALE, np.float64, 1)[0])
         if has_unit:
-            page_bytes = num_kv_heads * block
             for item in range(first, min(stop, job[NUM_BLOCKS])):
                 k, token = item % num_kv_heads, item // num_kv_heads * BLOCK
                 place = layer_page * page_bytes + k * block
@@ -184,13 +189,22 @@ def _make_work(itemsize, query_itemsize, head_dim, group, has_unit, sources):
             first += 1
         if first >= stop:
             return
-        stride = np.int64(1)  # tokens of the longest row
+        stride = np.int64(NUM_KEYS)  # tokens of the longest row, in whole blocks
         for row in range(first, stop):
-            stride = max(stride, np.int64(kv_lens[row]))
-        weights = np.empty(num_heads * stride, np.float32)
+            stride = max(stride, (np.int64(kv_lens[row]) + NUM_KEYS - 1) // NUM_KEYS * NUM_KEYS)
+        num_weights = num_kv_heads * (interval if by_unit else group) * stride
+        num_pairs = num_kv_heads * interval * head_dim // 2 if by_unit else 0
+        buffer_ = np.empty(num_weights + num_pairs + 2 * WIDTH * (num_kv_heads + 1), np.float32)
+        weights = (buffer_.ctypes.data + 63) // 64 * 64
+        pairs = weights + 4 * num_weights
+        lanes = pairs + 4 * num_pairs
         totals = np.empty(num_heads, np.float32)
         queries = np.empty(num_heads * head_dim, np.float32)
-        sums = np.empty(num_heads * head_dim, np.float32)
+        sums, ordered = np.empty(num_heads * head_dim, np.float32), np.empty(num_heads * head_dim, np.float32)
+        k_layer, v_layer = k_data + page_bytes * layer_page, v_data + page_bytes * layer_page
+        if by_unit:
+            configure(weights, NUM_KEYS, interval)
+            clear_rows(pairs, 4 * num_pairs, 0, 1, 4 * num_pairs)
         for row in range(first, stop):
             if has_unit and is_in_chunk[row] and kv_lens[row] > 0:
                 continue
@@ -201,40 +215,38 @@ def _make_work(itemsize, query_itemsize, head_dim, group, has_unit, sources):
             if kv_len == 0:
                 _write(sums, result, query_itemsize)
                 continue
-            _read(q_data + row * token_bytes, query_itemsize, queries)
-            for i in range(num_heads * head_dim):
-                queries[i] *= scale
+            if by_unit:
+                weigh_by_tiles(
+                    table, kv_len, k_layer, v_layer, page_bytes, page_size, num_kv_heads,
+                    q_data + row * token_bytes, stride, weights, totals, scale, pairs, lanes, head_dim, group, interval,
+                )  # fmt: skip
+                strides, head_weights = (np.int64(1), np.int64(interval)), interval * stride
+            else:
+                _read(q_data + row * token_bytes, query_itemsize, queries)
+                for i in range(num_heads * head_dim):
+                    queries[i] *= scale
+                weigh_by_vectors(
+                    table, kv_len, k_layer, v_layer, page_bytes, page_size, num_kv_heads,
+                    queries.ctypes.data, stride, weights, totals, num_keys, itemsize, head_dim, group,
+                )  # fmt: skip
+                strides, head_weights = (stride, np.int64(1)), group * stride
             num_used = (kv_len + page_size - 1) // page_size
             for j in range(num_used):
                 num_tokens = min(page_size, kv_len - j * page_size)
-                page = (layer_page + table[j]) * num_kv_heads * block
-                coming = v_data + (layer_page + table[0]) * num_kv_heads * block
-                if j + 1 < num_used:
-                    coming = k_data + (layer_page + table[j + 1]) * num_kv_heads * block
+                page = v_layer + page_bytes * table[j]
+                coming = v_layer + page_bytes * table[min(j + 1, num_used - 1)]
                 for k in range(num_kv_heads):
-                    query = queries.ctypes.data + k * per_head
-                    out = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
-                    for s in range(0, num_tokens - num_keys + 1, num_keys):
-                        place = k * block + s * token_size
-                        prefetch(coming + place, num_keys * token_size)
-                        keys = k_data + page + place
-                        scores(query, keys, out + 4 * s, stride, num_keys, itemsize, head_dim, group)
-                    for s in range(num_tokens - num_tokens % num_keys, num_tokens):
-                        keys = k_data + page + k * block + s * token_size
-                        scores(query, keys, out + 4 * s, stride, 1, itemsize, head_dim, group)
+                    of_page = weights + 4 * (k * head_weights + strides[1] * j * page_size)
+                    values, to = page + k * block, sums.ctypes.data + k * per_head
+                    add_values(of_page, strides, values, num_tokens, coming + k * block, to, itemsize, head_dim, group)
             for m in range(num_heads):
-                totals[m] = exponentiate(array(weights.ctypes.data + 4 * m * stride, np.float32, kv_len), kv_len)
-            for j in range(num_used):
-                num_tokens = min(page_size, kv_len - j * page_size)
-                page = (layer_page + table[j]) * num_kv_heads * block
-                coming = v_data + (layer_page + table[min(j + 1, num_used - 1)]) * num_kv_heads * block
-                for k in range(num_kv_heads):
-                    of_page = weights.ctypes.data + 4 * (k * group * stride + j * page_size)
-                    values, to = v_data + page + k * block, sums.ctypes.data + k * per_head
-                    add_values(of_page, stride, values, num_tokens, coming + k * block, to, itemsize, head_dim, group)
-            for m in range(num_heads):
-                for d in range(head_dim):
-                    sums[m * head_dim + d] /= totals[m]
-            _write(sums, result, query_itemsize)
+                for d in range(m * head_dim, (m + 1) * head_dim, taken * every):
+                    for n in range(every):
+                        for i in range(taken):
+                            ordered[d + every * i + n] = sums[d + taken * n + i] / totals[m]
+            _write(ordered, result, query_itemsize)
+        if by_unit:
+            release_tiles()
+        buffer_[0] = 0  # numba frees an array after the last use of its name, whoever still uses its address
 
     return work

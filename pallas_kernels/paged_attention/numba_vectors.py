@@ -15,6 +15,7 @@ import numpy as np
 from pallas_kernels.numba_ffi import LANES, fetch_line
 
 FLOAT, INT64 = llvmlite.ir.FloatType(), llvmlite.ir.IntType(64)
+NEAR = 2  # the core's second cache
 MAX_SUMS = 16 if LANES == 16 else 12  # vectors that a tile of products adds up, of 32 or 16 registers
 
 
@@ -85,6 +86,16 @@ class _Emitter:
         wide = b.zext(b.load(self.at(address, offset, 2, bits), align=2), words)
         return b.bitcast(b.shl(wide, words([16] * self.lanes)), self.floats)
 
+    def load_apart(self, address, offset, every):
+        """Elements of a page as `every` vectors of float32: one, or two of bfloat16, each of which has every other one."""
+        if every == 1:
+            return (self.load_page(address, offset),)
+        b = self.builder
+        words = llvmlite.ir.VectorType(llvmlite.ir.IntType(32), self.lanes)
+        both = b.load(self.at(address, offset, 2, words), align=2)
+        halves = b.shl(both, words([16] * self.lanes)), b.and_(both, words([0xFFFF0000] * self.lanes))
+        return tuple(b.bitcast(half, self.floats) for half in halves)
+
     def store(self, value, address, offset):
         self.builder.store(value, self.at(address, offset, 4, value.type), align=4)
 
@@ -145,42 +156,54 @@ def scores(typing_context, query, keys, out, stride, num_keys, itemsize, head_di
     return numba.types.void(*(numba.types.int64,) * 4, *shape), generate
 
 
+def value_order(itemsize: int, head_dim: int) -> tuple[int, int]:
+    """How `add_values` orders sums: so many lanes have every n-th element, the next ones those after them.  Returns both numbers."""
+    every = 2 if itemsize == 2 and head_dim % 2 == 0 else 1
+    return math.gcd(head_dim // every, LANES), every
+
+
 @numba.extending.intrinsic(prefer_literal=True)
 @typing.no_type_check
-def add_values(typing_context, weights, stride, values, num_values, coming, acc, itemsize, head_dim, group):
-    """acc[g] += sum_s weights[g, s] values[s]; rows of weights lie `stride` apart.  The last three are constants.
+def add_values(typing_context, weights, strides, values, num_values, coming, acc, itemsize, head_dim, group):
+    """acc[g] += sum_s weights[g, s] values[s]; `strides` of weights: from head to head, from value to value.
 
-    Meanwhile the values from `coming` on, as many, are brought near.
+    The last three are constants; `acc` is in `value_order`.  Meanwhile the values from `coming` on, as many, are brought near.
     """
     shape = (itemsize, head_dim, group)
     if not all(isinstance(number, numba.types.IntegerLiteral) for number in shape):
         return None
 
     def generate(context, builder, signature, arguments):
-        weights, stride, values, num_values, coming, acc = arguments[:6]
+        b = builder
+        weights, strides, values, num_values, coming, acc = arguments[:6]
+        head_stride, value_stride = numba.core.cgutils.unpack_tuple(b, strides)
         itemsize, head_dim, group = (number.literal_value for number in shape)
-        e = _Emitter(builder, itemsize, head_dim)
-        width = e.lanes * max(1, MAX_SUMS // group)
+        e = _Emitter(b, itemsize, head_dim)
+        e.lanes, every = value_order(itemsize, head_dim)
+        e.floats = llvmlite.ir.VectorType(FLOAT, e.lanes)
+        width = e.lanes * every * max(1, MAX_SUMS // (every * group))
         for first in range(0, head_dim, width):
             places = [(g, d) for d in range(first, min(first + width, head_dim), e.lanes) for g in range(group)]
             sums = {}
             for g, d in places:
-                sums[g, d] = numba.core.cgutils.alloca_once(builder, e.floats)
-                builder.store(e.load(acc, g * head_dim + d), sums[g, d])
-            with numba.core.cgutils.for_range(builder, num_values) as loop:
+                sums[g, d] = numba.core.cgutils.alloca_once(b, e.floats)
+                b.store(e.load(acc, g * head_dim + d), sums[g, d])
+            with numba.core.cgutils.for_range(b, num_values) as loop:
                 s = loop.index
-                weight = [e.splat(weights, builder.add(builder.mul(stride, INT64(g)), s)) for g in range(group)]
-                row = builder.mul(s, INT64(head_dim))
-                later = builder.add(coming, builder.mul(row, INT64(itemsize)))
+                place = b.mul(value_stride, s)
+                weight = [e.splat(weights, b.add(b.mul(head_stride, INT64(g)), place)) for g in range(group)]
+                row = b.mul(s, INT64(head_dim))
+                later = b.add(coming, b.mul(row, INT64(itemsize)))
                 for line in range(first * itemsize, min(first + width, head_dim) * itemsize, 64):
-                    fetch_line(builder, builder.add(later, INT64(line)))
-                for d in sorted({d for _, d in places}):
-                    vector = e.load_page(values, builder.add(row, INT64(d)))
-                    for g in range(group):
-                        old = builder.load(sums[g, d])
-                        builder.store(e.multiply_add(weight[g], vector, old), sums[g, d])
+                    fetch_line(b, b.add(later, INT64(line)), NEAR)
+                for d in range(first, min(first + width, head_dim), every * e.lanes):
+                    for i, vector in enumerate(e.load_apart(values, b.add(row, INT64(d)), every)):
+                        for g in range(group):
+                            at = sums[g, d + i * e.lanes]
+                            b.store(e.multiply_add(weight[g], vector, b.load(at)), at)
             for g, d in places:
-                e.store(builder.load(sums[g, d]), acc, g * head_dim + d)
+                e.store(b.load(sums[g, d]), acc, g * head_dim + d)
         return context.get_dummy_value()
 
-    return numba.types.void(*(numba.types.int64,) * 6, *shape), generate
+    one = numba.types.int64
+    return numba.types.void(one, strides, *(one,) * 4, *shape), generate

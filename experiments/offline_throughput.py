@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import breakdown, plots, rungs, serving, serving_flags, summary
+from experiments import breakdown, rungs, serving, serving_flags, summary
 from experiments.record import make_record, write_record
 from experiments.sweep import sweep_series
 from nanojax import hardware
@@ -69,6 +69,8 @@ def run(values: flags.FlagValues) -> list[dict[str, Any]]:
             if values.sweep:
                 _check_metric(values.sweep_metric, results[-1])
             gc.collect()  # the engine's KV cache, before the next one is made
+    from experiments import plots  # not before: the first tokens need not wait until matplotlib is there
+
     records = []
     for (point, own), results in zip(points, runs, strict=True):
         same_dtype = (one for many in runs for one in many if one.config["dtype"] == own.dtype)
@@ -195,6 +197,8 @@ def _write_sweep(
         label = ", ".join(f"{name}={setting}" for name, setting in point.items())
         print(f"  {label:<40} {'-' if value is None else format(value, ',.4g')}")
     if len(points[0]) <= 2:
+        from experiments import plots
+
         print(f"figure {plots.plot_sweep(record, values.sweep_metric, folder / f'{NAME}-sweep.png')}")
 
 

@@ -7,6 +7,7 @@ through the page table or two; in pages of 2 MB the core remembers where all of 
 import ctypes
 import mmap
 import sys
+import threading
 from typing import Any
 
 import jax
@@ -16,18 +17,26 @@ __all__ = ["use_huge_pages"]
 _COLLAPSE = 25  # MADV_COLLAPSE of Linux 6.1 and later: now, and whatever the system's setting is
 
 
-def use_huge_pages(arrays: Any) -> bool:
+def use_huge_pages(arrays: Any) -> threading.Thread:
     """Moves what CPU arrays of a pytree hold into huge pages, but for less than one at each end; values and addresses stay.
 
-    Returns whether the system did so for all of them: False where it has no huge pages or no memory left for them.
+    It takes a second per gigabyte, in a thread, which is returned; programs may use the arrays, and donate them, meanwhile.  Where
+    the system has no huge pages or no memory left for them, all stays as it was.
     """
     shards = [shard.data for array in jax.tree.leaves(arrays) for shard in array.addressable_shards]
-    if sys.platform != "linux" or any(device.platform != "cpu" for shard in shards for device in shard.devices()):
-        return False
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    errors = [madvise(*_whole_pages(shard), _COLLAPSE) for shard in shards]
-    return not any(errors)
+    is_here = sys.platform == "linux" and all(
+        device.platform == "cpu" for shard in shards for device in shard.devices()
+    )
+    places = [_whole_pages(shard) for shard in shards] if is_here else []
+    thread = threading.Thread(target=_collapse, args=(places,), name="huge_pages", daemon=True)
+    thread.start()
+    return thread
+
+
+def _collapse(places: list[tuple[int, int]]) -> None:
+    """Asks the system, range by range; one that it refuses stays as it is."""
+    for start, length in places:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _COLLAPSE)
 
 
 def _whole_pages(array: jax.Array) -> tuple[int, int]:

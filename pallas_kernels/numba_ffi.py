@@ -16,6 +16,7 @@ import llvmlite.ir
 import numba
 import numba.extending
 import numpy as np
+from numba.np.arrayobj import populate_array
 
 from pallas_kernels.device import cpu_has
 
@@ -46,30 +47,47 @@ NEXT, DONE, HOLDERS, NUM_ITEMS, ITEMS_PER_TURN, WORK, JOB = (
 
 @numba.extending.intrinsic
 @typing.no_type_check
-def _pointer(typing_context, address, dtype):
-    """The int64 `address` as a pointer to elements of `dtype`."""
-    pointer = numba.types.CPointer(dtype.dtype)
+def array(typing_context, address, dtype, size):
+    """The `size` elements of `dtype` at the int64 `address`.  As an intrinsic it costs nothing to compile, however it is called."""
+    kind = numba.types.Array(dtype.dtype, 1, "C")
 
     def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+        element = context.get_data_type(dtype.dtype)
+        pointer, num_bytes = (
+            builder.inttoptr(arguments[0], element.as_pointer()),
+            INT64(context.get_abi_sizeof(element)),
+        )
+        made = context.make_array(kind)(context, builder)
+        populate_array(made, pointer, shape=[arguments[2]], strides=[num_bytes], itemsize=num_bytes, meminfo=None)
+        return made._getvalue()
 
-    return pointer(numba.types.int64, dtype), generate
+    return kind(numba.types.int64, dtype, numba.types.int64), generate
 
 
-@numba.njit(forceinline=True)
+def _words(context, builder, kind, frame):
+    """What gives the word at a place of the words at an address; and the address of a frame, an array of `kind`."""
+
+    def word(address, place):
+        at = builder.add(address, builder.mul(place, INT64(8)))
+        return builder.load(builder.inttoptr(at, INT64.as_pointer()))
+
+    return word, builder.ptrtoint(context.make_array(kind)(context, builder, frame).data, INT64)
+
+
+@numba.extending.intrinsic
 @typing.no_type_check
-def array(address, dtype, size):
-    """The `size` elements of `dtype` at the int64 `address`."""
-    return numba.carray(_pointer(np.int64(address), dtype), (size,))
-
-
-@numba.njit(forceinline=True)
-@typing.no_type_check
-def buffer(frame, is_result, index):
+def buffer(typing_context, frame, is_result, index):
     """The data's address and the dimensions' address of one operand or result; `frame` is the words of the frame."""
-    slots = array(frame[FRAME_RETS if is_result else FRAME_ARGS], np.int64, index + 1)
-    fields = array(slots[index], np.int64, BUFFER_SIZE)
-    return fields[BUFFER_DATA], fields[BUFFER_DIMS]
+
+    def generate(context, builder, signature, arguments):
+        word, address = _words(context, builder, frame, arguments[0])
+        slots = word(address, builder.select(arguments[1], INT64(FRAME_RETS), INT64(FRAME_ARGS)))
+        fields = word(slots, arguments[2])
+        return context.make_tuple(
+            builder, signature.return_type, [word(fields, INT64(place)) for place in (BUFFER_DATA, BUFFER_DIMS)]
+        )
+
+    return numba.types.UniTuple(numba.types.int64, 2)(frame, numba.types.boolean, numba.types.int64), generate
 
 
 @numba.njit(forceinline=True)
@@ -89,12 +107,17 @@ def set_items_per_turn(job_at, count):
     array(job_at - 8 * (JOB - ITEMS_PER_TURN), np.int64, 1)[0] = count
 
 
-@numba.njit(forceinline=True)
+@numba.extending.intrinsic
 @typing.no_type_check
-def attribute(frame, index):
+def attribute(typing_context, frame, index):
     """The 8 bytes, as int64, of the attribute at place `index` of the attributes' names in alphabetical order."""
-    scalar = array(array(frame[FRAME_ATTRS], np.int64, index + 1)[index], np.int64, 2)
-    return array(scalar[1], np.int64, 1)[0]
+
+    def generate(context, builder, signature, arguments):
+        word, address = _words(context, builder, frame, arguments[0])
+        scalar = word(word(address, INT64(FRAME_ATTRS)), arguments[1])
+        return word(word(scalar, INT64(1)), INT64(0))
+
+    return numba.types.int64(frame, numba.types.int64), generate
 
 
 def fetch_line(builder, address, nearness=3, *, is_written=False):
@@ -271,12 +294,13 @@ def register(name: str, describe: Any, work: Any, *, num_words: int) -> None:
         for cell in function._pyfunc.__closure__ or ():
             if not isinstance(cell.cell_contents, int):
                 raise TypeError(f"{name}: {function.__name__} closes over {cell.cell_contents!r}, not an integer")
+    num_own_words = np.int64(num_words)  # of numba's own kind: it compiles `_run` again for each Python integer
     describe_at, work_at, task_at = (np.int64(int(function.address)) for function in (describe, work, cast(Any, _task)))
 
     @numba.cfunc(numba.types.int64(numba.types.CPointer(numba.types.int64)), error_model="numpy")
     @typing.no_type_check
     def handler(frame):
-        _run(numba.carray(frame, (FRAME_SIZE,)), describe_at, work_at, task_at, num_words)
+        _run(numba.carray(frame, (FRAME_SIZE,)), describe_at, work_at, task_at, num_own_words)
         return 0
 
     with _REGISTERING:

@@ -104,7 +104,7 @@ def test_pages_move_into_huge_pages_and_stay_as_they_are():
     shape = 4, 512, 2, 64, 64  # 32 MiB
     pages = KVPages(*(jax.random.bits(jax.random.key(i), shape, jnp.uint16) for i in range(2)))
     before, values, address = huge_bytes(), jax.device_get(pages), pages.k.unsafe_buffer_pointer()
-    assert use_huge_pages(pages)
+    use_huge_pages(pages).join()
     assert huge_bytes() - before >= 2 * 28 * 2**20
     assert pages.k.unsafe_buffer_pointer() == address
     chex.assert_trees_all_equal(jax.device_get(pages), values)
@@ -112,5 +112,5 @@ def test_pages_move_into_huge_pages_and_stay_as_they_are():
 
 def test_small_arrays_stay_where_they_are():
     pages = KVPages(jnp.ones((1, 2, 1, 4, 8)), jnp.zeros((1, 2, 1, 4, 8)))
-    use_huge_pages(pages)
+    use_huge_pages(pages).join()
     chex.assert_trees_all_equal(pages, KVPages(jnp.ones((1, 2, 1, 4, 8)), jnp.zeros((1, 2, 1, 4, 8))))

@@ -19,6 +19,7 @@ def make_describe(sources, num_columns, pairs_up_to):
     """
 
     @numba.cfunc(Describe, cache=True)
+    @typing.no_type_check
     def describe(frame_at, job_at):
         frame, job = array(frame_at, np.int64, FRAME_SIZE), array(job_at, np.int64, NUM_WORDS + 0 * sources)
         job[X], x_dims = buffer(frame, False, 0)

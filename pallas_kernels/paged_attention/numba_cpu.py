@@ -97,6 +97,7 @@ def _make_describe(has_unit, sources):
     """Reads what a call is about off its frame; items of work are blocks of chunks, for each KV head, then tokens."""
 
     @numba.cfunc(Describe, cache=True)
+    @typing.no_type_check
     def describe(frame_at, job_at):
         frame, job = array(frame_at, np.int64, FRAME_SIZE), array(job_at, np.int64, NUM_WORDS + 0 * sources)
         for word, index in ((Q, 0), (K_PAGES, 1), (V_PAGES, 2), (ROWS, 3), (TABLE, 4)):
@@ -153,6 +154,7 @@ def _make_work(itemsize, query_itemsize, head_dim, group, has_unit, sources):
     query_parts, weight_parts = QUERY_PARTS[query_itemsize], WEIGHT_PARTS[query_itemsize]
 
     @numba.cfunc(Work, error_model="numpy", cache=True)
+    @typing.no_type_check
     def work(job_at, first, stop):
         job = array(job_at, np.int64, NUM_WORDS + 0 * sources)
         q_data, k_data, v_data, out_data = job[Q], job[K_PAGES], job[V_PAGES], job[OUT]

@@ -51,6 +51,7 @@ def make_describe(sources):
     """Reads what a call is about off its frame; an item of work is `ROWS` rows."""
 
     @numba.cfunc(Describe, cache=True)
+    @typing.no_type_check
     def describe(frame_at, job_at):
         frame, job = array(frame_at, np.int64, FRAME_SIZE), array(job_at, np.int64, NUM_WORDS + 0 * sources)
         job[X], dims_at = buffer(frame, False, 0)

@@ -120,8 +120,12 @@ def attribute(typing_context, frame, index):
     return numba.types.int64(frame, numba.types.int64), generate
 
 
-def fetch_line(builder, address, nearness=3, *, is_written=False):
-    """Emits the instruction that starts to bring the 64 bytes at an int64 address near: 3, into the first cache, 2, the second.
+NEAR, NEARER = 2, 3
+"""The core's second cache, and its first."""
+
+
+def fetch_line(builder, address, nearness=NEARER, *, is_written=False):
+    """Emits the instruction that starts to bring the 64 bytes at an int64 address near.
 
     is_written: for writing, away from other cores.
     """
@@ -138,7 +142,7 @@ def _prefetch_line(typing_context, address):
     """Starts to bring the 64 bytes at the int64 `address` near."""
 
     def generate(context, builder, signature, arguments):
-        fetch_line(builder, arguments[0], 2)
+        fetch_line(builder, arguments[0], NEAR)
         return context.get_dummy_value()
 
     return numba.types.void(numba.types.int64), generate

@@ -19,7 +19,7 @@ import numpy as np
 from pallas_kernels.matmul.numba_blocks import PIECES, emit_all, emit_expand
 from pallas_kernels.matmul.numba_gated import emit_gate
 from pallas_kernels.matmul.packed import AMX_DEPTH, PANEL, block_bytes
-from pallas_kernels.numba_ffi import array, fetch_line
+from pallas_kernels.numba_ffi import NEAR, NEARER, array, fetch_line
 from pallas_kernels.numba_vectors16 import INT64
 
 ROWS = 16
@@ -27,7 +27,6 @@ ROWS = 16
 DEPTH = AMX_DEPTH
 STEP_BYTES = 2 * DEPTH * PANEL
 """Of a panel's part that one step multiplies."""
-NEAR, NEARER = 2, 3  # the core's second cache, its first
 
 BYTE = llvmlite.ir.IntType(8)
 BYTES = BYTE.as_pointer()

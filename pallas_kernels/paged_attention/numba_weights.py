@@ -20,6 +20,17 @@ NUM_KEYS = ROWS
 """That the unit takes at a time."""
 
 
+@numba.njit(error_model="numpy", forceinline=True)
+@typing.no_type_check
+def _keys_of_page(table, j, kv_len, k_data, v_data, page_bytes, page_size):
+    """How many tokens page `j` of a sequence has, where its keys are, and what is read after it: the next keys, at last values."""
+    num_tokens = min(page_size, kv_len - j * page_size)
+    coming = v_data + page_bytes * table[0]
+    if (j + 1) * page_size < kv_len:
+        coming = k_data + page_bytes * table[j + 1]
+    return num_tokens, k_data + page_bytes * table[j], coming
+
+
 @numba.njit(error_model="numpy")
 @typing.no_type_check
 def weigh_by_vectors(
@@ -34,12 +45,8 @@ def weigh_by_vectors(
     """
     token_size = head_dim * itemsize
     block = page_size * token_size
-    num_used = (kv_len + page_size - 1) // page_size
-    for j in range(num_used):
-        num_tokens = min(page_size, kv_len - j * page_size)
-        page, coming = k_data + page_bytes * table[j], v_data + page_bytes * table[0]
-        if j + 1 < num_used:
-            coming = k_data + page_bytes * table[j + 1]
+    for j in range((kv_len + page_size - 1) // page_size):
+        num_tokens, page, coming = _keys_of_page(table, j, kv_len, k_data, v_data, page_bytes, page_size)
         for k in range(num_kv_heads):
             query = queries + 4 * k * group * head_dim
             out = weights + 4 * (k * group * stride + j * page_size)
@@ -100,12 +107,8 @@ def weigh_by_tiles(
         for g in range(group):
             for i in range(words):
                 target[interval * i + g] = source[words * g + i]
-    num_used = (kv_len + page_size - 1) // page_size
-    for j in range(num_used):
-        num_tokens = min(page_size, kv_len - j * page_size)
-        page, coming = k_data + page_bytes * table[j], v_data + page_bytes * table[0]
-        if j + 1 < num_used:
-            coming = k_data + page_bytes * table[j + 1]
+    for j in range((kv_len + page_size - 1) // page_size):
+        num_tokens, page, coming = _keys_of_page(table, j, kv_len, k_data, v_data, page_bytes, page_size)
         for k in range(num_kv_heads):
             for s in range(0, num_tokens, NUM_KEYS):
                 place = 2 * head_dim * (page_size * k + s)

@@ -1,5 +1,6 @@
 """Law: any program of grow, share and release keeps every page with exactly its holders (checked against Python lists)."""
 
+import pathlib
 import platform
 import re
 
@@ -96,10 +97,11 @@ def huge_bytes() -> int:
 
 def has_huge_pages() -> bool:
     version = re.match(r"(\d+)\.(\d+)", platform.release())
-    return platform.system() == "Linux" and version is not None and tuple(map(int, version.groups())) >= (6, 1)
+    is_new = version is not None and tuple(map(int, version.groups())) >= (6, 1)
+    return is_new and pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists()
 
 
-@pytest.mark.skipif(not has_huge_pages(), reason="needs Linux 6.1 or later")
+@pytest.mark.skipif(not has_huge_pages(), reason="needs Linux 6.1 or later with huge pages")
 def test_pages_move_into_huge_pages_and_stay_as_they_are():
     shape = 4, 512, 2, 64, 64  # 32 MiB
     pages = KVPages(*(jax.random.bits(jax.random.key(i), shape, jnp.uint16) for i in range(2)))

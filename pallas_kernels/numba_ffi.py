@@ -4,26 +4,28 @@ XLA calls the handler from inside its program with a frame of pointers; no Pytho
 xla/ffi/api/c_api.h, read here as arrays of 8-byte words; they only ever grow at their end.
 """
 
+import contextlib
+import ctypes
+import fcntl
 import functools
+import os
 import pathlib
+import tempfile
 import threading
 import typing
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
+import llvmlite.binding
 import llvmlite.ir
 import numba
 import numba.extending
 import numpy as np
 from numba.np.arrayobj import populate_array
 
-from pallas_kernels.device import cpu_has
-
 INT64 = llvmlite.ir.IntType(64)
-LANES = 16 if cpu_has("avx512f") else 8
-"""Float32 values in a vector register; there are 32 registers of 16, or 16 of 8."""
-
 FRAME_EXTENSION, FRAME_API, FRAME_CONTEXT, FRAME_STAGE, FRAME_NUM_ARGS, FRAME_ARGS, FRAME_RETS, FRAME_ATTRS, FRAME_SIZE = (
     1, 2, 3, 4, 7, 9, 14, 20, 21,
 )  # fmt: skip
@@ -92,16 +94,6 @@ def buffer(typing_context, frame, is_result, index):
 
 @numba.njit(forceinline=True)
 @typing.no_type_check
-def clear_rows(out, stride, first, stop, num_bytes):
-    """Zeroes `num_bytes` bytes, a multiple of 8, of the rows `first` to `stop`, which lie `stride` bytes apart from `out` on."""
-    for row in range(first, stop):
-        values = array(out + stride * row, np.int64, num_bytes // 8)
-        for i in range(num_bytes // 8):
-            values[i] = 0
-
-
-@numba.njit(forceinline=True)
-@typing.no_type_check
 def set_items_per_turn(job_at, count):
     """What a `Describe` may say of its job: how many items a thread takes at a time, else one."""
     array(job_at - 8 * (JOB - ITEMS_PER_TURN), np.int64, 1)[0] = count
@@ -118,42 +110,6 @@ def attribute(typing_context, frame, index):
         return word(word(scalar, INT64(1)), INT64(0))
 
     return numba.types.int64(frame, numba.types.int64), generate
-
-
-NEAR, NEARER = 2, 3
-"""The core's second cache, and its first."""
-
-
-def fetch_line(builder, address, nearness=NEARER, *, is_written=False):
-    """Emits the instruction that starts to bring the 64 bytes at an int64 address near.
-
-    is_written: for writing, away from other cores.
-    """
-    byte, word = llvmlite.ir.IntType(8).as_pointer(), llvmlite.ir.IntType(32)
-    function_type = llvmlite.ir.FunctionType(llvmlite.ir.VoidType(), (byte, word, word, word))
-    prefetch = builder.module.declare_intrinsic("llvm.prefetch", (byte,), function_type)
-    data = word(1)
-    builder.call(prefetch, (builder.inttoptr(address, byte), word(int(is_written)), word(nearness), data))
-
-
-@numba.extending.intrinsic
-@typing.no_type_check
-def _prefetch_line(typing_context, address):
-    """Starts to bring the 64 bytes at the int64 `address` near."""
-
-    def generate(context, builder, signature, arguments):
-        fetch_line(builder, arguments[0], NEAR)
-        return context.get_dummy_value()
-
-    return numba.types.void(numba.types.int64), generate
-
-
-@numba.njit(forceinline=True)
-@typing.no_type_check
-def prefetch(address, num_bytes):
-    """Starts to bring `num_bytes` near."""
-    for offset in range(0, num_bytes, 64):
-        _prefetch_line(address + offset)
 
 
 @numba.extending.intrinsic
@@ -245,10 +201,11 @@ def _task(record):
     _let_go(record)
 
 
-@numba.njit(cache=True)
+@numba.cfunc(numba.types.void(*(numba.types.int64,) * 5), error_model="numpy", cache=True)
 @typing.no_type_check
-def _run(frame, describe, work, task, num_words):
+def _run(frame_at, describe, work, task, num_words):
     """What every handler does, in one stage of a call."""
+    frame = array(frame_at, np.int64, FRAME_SIZE)
     if frame[FRAME_EXTENSION] != 0:  # XLA asks for the version, once
         metadata = array(frame[FRAME_EXTENSION], np.int64, 4)[EXTENSION_METADATA]
         array(metadata, np.int64, 4)[METADATA_VERSION] = API_VERSION
@@ -259,7 +216,7 @@ def _run(frame, describe, work, task, num_words):
     shared = array(record, np.int64, JOB)
     request = record + 8 * 17  # words that nobody else uses
     shared[ITEMS_PER_TURN] = 1
-    num_items = _call(describe, (np.int64(frame.ctypes.data), record + 8 * JOB))
+    num_items = _call(describe, (frame_at, record + 8 * JOB))
     num_threads = np.int64(1)
     if _ask_pool(frame, API_NUM_THREADS, request, record + 8 * DONE, 0):
         num_threads = shared[DONE]
@@ -282,44 +239,74 @@ Work = numba.types.void(numba.types.int64, numba.types.int64, numba.types.int64)
 """`work(job, first, stop)`: does items `first` to `stop`, which no other item depends on."""
 
 
-def register(name: str, describe: Any, work: Any, *, num_words: int) -> None:
-    """Makes the CPU's implementation of the FFI target `name`, its work shared by the threads of XLA's pool.
+def register(name: str, make: Callable[[int], tuple[Any, Any]], *, num_words: int) -> str:
+    """Makes the CPU's implementation of the FFI target `name`, unless it exists, its work shared by the threads of XLA's pool.
 
-    Of several threads that trace programs, all may call this for one name: the first one's counts, XLA refuses another.
-    `describe` and `work` are numba cfuncs of the signatures `Describe` and `Work`.
+    make: given the `_fingerprint`, which what it makes must refer to, compiles `describe` and `work`, numba cfuncs of the
+        signatures `Describe` and `Work`.
+    num_words: of the job.
 
     The pool promises nothing: a task may start late, after the call is over, or never.  So threads take items in turns from
     a counter, the calling thread takes turns like the others, and waits only for turns that another thread has begun.
 
-    Raises TypeError where `describe` or `work` closes over anything but integers: numba's key on disk holds that, and a compiled
-    function is another one in each process, so that the machine code would never be found again.
+    Returns `name`.  Raises TypeError where `describe` or `work` closes over anything but integers: numba's key on disk holds
+    that, and a compiled function is another one in each process, so that the machine code would never be found again.
     """
-    for function in (describe, work):
-        for cell in function._pyfunc.__closure__ or ():
-            if not isinstance(cell.cell_contents, int):
-                raise TypeError(f"{name}: {function.__name__} closes over {cell.cell_contents!r}, not an integer")
-    num_own_words = np.int64(num_words)  # of numba's own kind: it compiles `_run` again for each Python integer
-    describe_at, work_at, task_at = (np.int64(int(function.address)) for function in (describe, work, cast(Any, _task)))
-
-    @numba.cfunc(numba.types.int64(numba.types.CPointer(numba.types.int64)), error_model="numpy")
-    @typing.no_type_check
-    def handler(frame):
-        _run(numba.carray(frame, (FRAME_SIZE,)), describe_at, work_at, task_at, num_own_words)
-        return 0
-
-    with _REGISTERING:
-        if name not in _KEPT:
-            _KEPT[name] = describe, work, handler
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
+    if name in _KEPT:
+        return name
+    with _alone():
+        if name not in _KEPT:  # still
+            describe, work = make(_fingerprint())
+            for function in (describe, work):
+                for cell in function._pyfunc.__closure__ or ():
+                    if not isinstance(cell.cell_contents, int):
+                        raise TypeError(
+                            f"{name}: {function.__name__} closes over {cell.cell_contents!r}, not an integer"
+                        )
+            engine, handler = _handler(describe.address, work.address, cast(Any, _task).address, num_words)
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+            _KEPT[name] = describe, work, engine
+    return name
 
 
+def _handler(*words: int) -> tuple[Any, Any]:
+    """A function for XLA that calls `_run` on its frame and these words, and what keeps it in memory.
+
+    It is assembled here: numba would take a tenth of a second to compile it, in each process anew, as it holds addresses.
+    """
+    run = INT64(cast(Any, _run).address)
+    signature = llvmlite.ir.FunctionType(llvmlite.ir.VoidType(), (INT64,) * (1 + len(words)))
+    module = llvmlite.ir.Module()
+    function = llvmlite.ir.Function(module, llvmlite.ir.FunctionType(INT64, (INT64,)), "handler")
+    b = llvmlite.ir.IRBuilder(function.append_basic_block())
+    b.call(b.inttoptr(run, signature.as_pointer()), [*function.args, *map(INT64, words)])
+    b.ret(INT64(0))  # no error
+    machine = llvmlite.binding.Target.from_default_triple().create_target_machine(jit=True)
+    engine = llvmlite.binding.create_mcjit_compiler(llvmlite.binding.parse_assembly(str(module)), machine)
+    engine.finalize_object()
+    return engine, ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(engine.get_function_address("handler"))
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One thread of one process at a time.
+
+    Two processes that compiled different closures of one function at once would give numba's index on disk one file for
+    both, and each later process the wrong machine code.
+    """
+    with _REGISTERING, LOCK.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+LOCK = pathlib.Path(tempfile.gettempdir()) / f"pallas_kernels-{os.getuid()}.lock"
 _REGISTERING = threading.Lock()
 _KEPT: dict[str, Any] = {}
-"""Target -> compiled functions that XLA knows by their addresses only."""
+"""Target -> what XLA knows by its address only."""
 
 
 @functools.cache
-def fingerprint() -> int:
+def _fingerprint() -> int:
     """A number that changes with any file of this package: functions that numba keeps on disk refer to it, as numba sees only
     their own file."""
     files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))

@@ -15,6 +15,7 @@ RANKS = [
         "pallas_kernels.device",
         "pallas_kernels.inlined",
         "pallas_kernels.numba_ffi",
+        "pallas_kernels.numba_memory",
         "pallas_kernels.numba_vectors16",
     ],
     ["pallas_kernels.triton_call"],
@@ -118,7 +119,7 @@ EFFECTS = {
         "nanojax.weights",
         "nanojax.workload",
         "nanojax.hardware",
-        "pallas_kernels.paged_attention.numba_cpu",
+        "pallas_kernels.numba_ffi",
     ),
 }
 

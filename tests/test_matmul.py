@@ -2,6 +2,7 @@
 
 import ast
 import concurrent.futures
+import fcntl
 import math
 import pathlib
 import re
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import numba_ffi
 from pallas_kernels.device import cpu_has, cpu_has_amx
-from pallas_kernels.matmul import api, matmul, numba_cpu, pack, packed, reference
+from pallas_kernels.matmul import api, matmul, numba_cpu, numba_float32, pack, packed, panels, reference
 from pallas_kernels.matmul.arg_specs import ARG_SPECS
 
 
@@ -268,10 +270,22 @@ NO_NUMBA = api._why_not_numba(jnp.ones((32, 64)))
 
 
 @pytest.mark.skipif(NO_NUMBA is not None, reason=str(NO_NUMBA))
-def test_threads_may_trace_programs_at_the_same_time():
-    """Each would make the kernel's target, of which XLA takes only one."""
-    numba_cpu._target.cache_clear()
-    x, kernel = jnp.ones((4, 32)), jnp.ones((32, 64))
-    lower = lambda scale: jax.jit(lambda x, kernel: matmul(scale * x, kernel, implementation="numba")).lower(x, kernel)  # noqa: E731
+def test_a_target_is_made_once_and_alone():
+    """Each of several threads would make it, of which XLA takes only one; another process meanwhile would spoil what is on disk."""
+    made = []
+
+    def make(sources):
+        made.append(sources)
+        return panels.make_describe(sources, packed.PANEL, 0), numba_float32.make_work(sources, 4, 0)
+
+    def register(_):
+        return numba_ffi.register("a_product_of_the_tests", make, num_words=panels.NUM_WORDS)
+
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        assert len(list(pool.map(lower, range(4)))) == 4
+        with numba_ffi.LOCK.open("w") as file:  # as another process does
+            fcntl.flock(file, fcntl.LOCK_EX)
+            names = [pool.submit(register, i) for i in range(4)]
+            assert not concurrent.futures.wait(names, timeout=0.2).done
+            assert not made
+        assert [name.result() for name in names] == ["a_product_of_the_tests"] * 4
+    assert len(made) == 1

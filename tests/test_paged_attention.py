@@ -335,7 +335,7 @@ def test_a_kernel_whose_machine_code_would_not_be_found_again_is_refused():
         return one()
 
     with pytest.raises(TypeError, match=r"a_target: describe closes over .*one.*, not an integer"):
-        numba_ffi.register("a_target", describe, describe, num_words=1)
+        numba_ffi.register("a_target", lambda sources: (describe, describe), num_words=1)
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(xla.Config)])

@@ -29,7 +29,7 @@ Rope = tuple[Float[Array, "t h2"], Float[Array, "t h2"]]
 class FeedForward(nnx.Module):
     """SwiGLU: `down(silu(gate x) * (up x))`."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.gate_up = normal(rngs, (config.d_model, 2, config.d_ff), dtype)
         self.down = normal(rngs, (config.d_ff, config.d_model), dtype)
 
@@ -48,7 +48,7 @@ class FeedForward(nnx.Module):
 class Attention(nnx.Module):
     """The joint projection of queries, keys and values, by KV head: its G queries, then its key, then its value."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         groups = config.num_heads // config.num_kv_heads
         shape = (config.num_kv_heads, groups + 2, config.head_dim)
         self.kernel = normal(rngs, (config.d_model, *shape), dtype)
@@ -65,7 +65,7 @@ class Attention(nnx.Module):
 class OutProjection(nnx.Module):
     """From the attended heads back to the model's width."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         groups = config.num_heads // config.num_kv_heads
         self.kernel = normal(rngs, (config.num_kv_heads, groups, config.head_dim, config.d_model), dtype)
 
@@ -84,7 +84,7 @@ class OutProjection(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One pre-norm layer as operations on any contiguous part `t` of the ragged batch."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.attn_norm = RMSNorm(config.d_model, config.rms_eps)
         self.qkv = Attention(config, dtype, rngs)
         if config.qk_norm:
@@ -131,14 +131,14 @@ class DecoderLayer(nnx.Module):
 class Embedding(nnx.Module):
     """One row per token: the input embedding, or the head that scores each token."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.table = normal(rngs, (config.vocab_size, config.d_model), dtype)
 
 
 class Decoder(nnx.Module):
     """A whole model.  Its parameters, named, are the params pytree."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.embed = Embedding(config, dtype, rngs)
         self.layers = nnx.List([DecoderLayer(config, dtype, rngs) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.d_model, config.rms_eps)
@@ -176,7 +176,7 @@ def _scale_frequency(frequency: Float[Array, "h2"], scaling: RopeScaling) -> Flo
 
 @functools.lru_cache(maxsize=32)
 def _definition(config: ModelConfig) -> Callable[[Params], Decoder]:
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.float32), nnx.Rngs(0))))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.float32), None)))
     return lambda params: nnx.merge(graph, params)
 
 
@@ -241,7 +241,7 @@ def first_layers(config: ModelConfig, params: Params, num_layers: int) -> tuple[
 def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
     """The params pytree as `jax.ShapeDtypeStruct`s: what loaders must produce.  Norms and biases stay float32."""
     one_layer = dataclasses.replace(config, num_layers=1)
-    found = jax.eval_shape(lambda: _params(Decoder(one_layer, jnp.dtype(dtype), nnx.Rngs(0))))
+    found = jax.eval_shape(lambda: _params(Decoder(one_layer, jnp.dtype(dtype), None)))
     layer = found["layers"][0]
     return found | {"layers": {i: jax.tree.map(lambda leaf: leaf, layer) for i in range(config.num_layers)}}
 

@@ -30,8 +30,13 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.eps, num_tokens=num_tokens, out_dtype=out_dtype)
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, scale: float = 0.02) -> nnx.Param:
-    """A weight drawn from a normal distribution, drawn in `dtype` so that a large model never exists in float32."""
+def normal(rngs: nnx.Rngs | None, shape: tuple[int, ...], dtype: jnp.dtype, scale: float = 0.02) -> nnx.Param:
+    """A weight drawn from a normal distribution, drawn in `dtype` so that a large model never exists in float32.
+
+    Without `rngs` zeros, for those who only want its shape: tracing the drawing of hundreds of weights takes a second.
+    """
+    if rngs is None:
+        return nnx.Param(jnp.zeros(shape, dtype))
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype))
 
 

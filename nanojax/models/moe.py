@@ -44,7 +44,7 @@ class RoutedHidden:
 class MixtureOfExperts(nnx.Module):
     """Each token goes to its `num_experts_per_token` best experts, weighted by a softmax over those (Mixtral, arXiv 2401.04088)."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         experts = config.num_experts
         self.top_k = config.num_experts_per_token
         self.router = normal(rngs, (config.d_model, experts), dtype)

@@ -26,7 +26,8 @@ from pallas_kernels.matmul.panels import (
     WIDTH,
     X,
 )
-from pallas_kernels.numba_ffi import Work, array, clear_rows
+from pallas_kernels.numba_ffi import Work, array
+from pallas_kernels.numba_memory import clear_rows
 
 CHUNK_STEPS = 18
 """Of a panel that are multiplied with all tokens before the next ones: 36 of the first cache's 48 kB."""

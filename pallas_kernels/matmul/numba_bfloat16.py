@@ -25,7 +25,8 @@ from pallas_kernels.matmul.panels import (
     WIDTH,
     X,
 )
-from pallas_kernels.numba_ffi import Work, array, clear_rows, fetch_line, prefetch
+from pallas_kernels.numba_ffi import Work, array
+from pallas_kernels.numba_memory import clear_rows, fetch_line, prefetch
 from pallas_kernels.numba_vectors16 import (
     FLOATS,
     INT64,

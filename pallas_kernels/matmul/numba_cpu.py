@@ -1,7 +1,5 @@
 """Which product does a CPU run, on all its cores?  One for each unit that multiplies, called by XLA as FFI handlers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
@@ -13,7 +11,7 @@ from pallas_kernels.matmul import (
     packed,
     panels,
 )
-from pallas_kernels.numba_ffi import fingerprint, register
+from pallas_kernels.numba_ffi import register
 
 ANY_NUMBER = 1 << 62
 """Of tokens."""
@@ -56,22 +54,21 @@ def unit_for(kernel, is_transposed: bool) -> str:
     return packed.unit(packed.num_rows(kernel)) or "float32"
 
 
-@functools.cache
 def _target(dtype: str, unit: str, form: str) -> str:
     """Makes XLA know the product of kernels of a dtype in a form ("transposed", "plain", "packed", "gated"); returns its name."""
     name = f"matmul_{form}_{dtype}_in_{unit}"
-    sources = fingerprint()
-    is_transposed, is_gated = form == "transposed", form == "gated"
-    num_bits = packed.num_bits(jax.ShapeDtypeStruct((), dtype))
-    match unit:
-        case "amx":
-            work = numba_amx.make_work(sources, form, num_bits)
-        case "avx512bf16":
-            work = numba_bfloat16.make_work(sources, form)
-        case _:
-            work = numba_float32.make_work(sources, jnp.dtype(dtype).itemsize, 1 if is_transposed else 0)
-    # Two panels of gate and up give a whole line of the cache, which two threads had better not share.
-    pairs_up_to = ANY_NUMBER if is_gated else numba_amx.ROWS if unit == "amx" else 0
-    describe = panels.make_describe(sources, packed.GATED_COLUMNS if is_gated else packed.PANEL, pairs_up_to)
-    register(name, describe, work, num_words=panels.NUM_WORDS)
-    return name
+    is_gated = form == "gated"
+
+    def make(sources):
+        match unit:
+            case "amx":
+                work = numba_amx.make_work(sources, form, packed.num_bits(jax.ShapeDtypeStruct((), dtype)))
+            case "avx512bf16":
+                work = numba_bfloat16.make_work(sources, form)
+            case _:
+                work = numba_float32.make_work(sources, jnp.dtype(dtype).itemsize, int(form == "transposed"))
+        # Two panels of gate and up give a whole line of the cache, which two threads had better not share.
+        pairs_up_to = ANY_NUMBER if is_gated else numba_amx.ROWS if unit == "amx" else 0
+        return panels.make_describe(sources, packed.GATED_COLUMNS if is_gated else packed.PANEL, pairs_up_to), work
+
+    return register(name, make, num_words=panels.NUM_WORDS)

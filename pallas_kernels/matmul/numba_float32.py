@@ -26,7 +26,8 @@ from pallas_kernels.matmul.panels import (
     WIDTH,
     X,
 )
-from pallas_kernels.numba_ffi import LANES, Work, array, clear_rows, fetch_line
+from pallas_kernels.numba_ffi import Work, array
+from pallas_kernels.numba_memory import LANES, clear_rows, fetch_line
 from pallas_kernels.numba_vectors16 import INT64, WORD, address
 
 ROWS = 12 if LANES == 16 else 6  # tokens of a tile: 24 of 32 registers hold sums, or 12 of 16

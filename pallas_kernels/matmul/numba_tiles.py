@@ -19,7 +19,8 @@ import numpy as np
 from pallas_kernels.matmul.numba_blocks import PIECES, emit_all, emit_expand
 from pallas_kernels.matmul.numba_gated import emit_gate
 from pallas_kernels.matmul.packed import AMX_DEPTH, PANEL, block_bytes
-from pallas_kernels.numba_ffi import NEAR, NEARER, array, fetch_line
+from pallas_kernels.numba_ffi import array
+from pallas_kernels.numba_memory import NEAR, NEARER, fetch_line
 from pallas_kernels.numba_vectors16 import INT64
 
 ROWS = 16

@@ -4,7 +4,6 @@ XLA for CPUs has no loop that reads a page where it lies: it gathers pages into 
 numba compiles to machine code do, as an FFI handler that shares its rows among the threads of XLA's pool.
 """
 
-import functools
 import math
 import typing
 
@@ -16,18 +15,8 @@ from jaxtyping import Array, Float, Int32, UInt16
 
 from pallas_kernels.device import cpu_has_amx
 from pallas_kernels.matmul.numba_tiles import configure, release_tiles
-from pallas_kernels.numba_ffi import (
-    FRAME_SIZE,
-    LANES,
-    Describe,
-    Work,
-    array,
-    attribute,
-    buffer,
-    clear_rows,
-    fingerprint,
-    register,
-)
+from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, Work, array, attribute, buffer, register
+from pallas_kernels.numba_memory import LANES, clear_rows
 from pallas_kernels.numba_vectors16 import WIDTH
 from pallas_kernels.paged_attention import numba_chunks
 from pallas_kernels.paged_attention.numba_chunks import BLOCK, QUERY_PARTS, WEIGHT_PARTS, attend
@@ -71,18 +60,18 @@ def paged_attention(
     return out.astype(q.dtype)
 
 
-@functools.cache
 def _target(dtype: str, query_dtype: str, head_dim: int, group: int, has_unit: bool) -> str:
     """Compiles the handler for pages and queries of these dtypes, `group` query heads for each KV head; returns its name for XLA.
 
     has_unit: chunks are for the matrix unit.
     """
     name = f"paged_attention_{dtype}_of_{query_dtype}_h{head_dim}_g{group}{'_amx' if has_unit else ''}"
-    sources = fingerprint()
     itemsizes = np.dtype(dtype).itemsize, jnp.dtype(query_dtype).itemsize
-    work = _make_work(*itemsizes, head_dim, group, has_unit, sources)
-    register(name, _make_describe(has_unit, sources), work, num_words=NUM_WORDS)
-    return name
+
+    def make(sources):
+        return _make_describe(has_unit, sources), _make_work(*itemsizes, head_dim, group, has_unit, sources)
+
+    return register(name, make, num_words=NUM_WORDS)
 
 
 # Words of a job: addresses of the data, then sizes.

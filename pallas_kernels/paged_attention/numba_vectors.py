@@ -12,7 +12,7 @@ import numba.core.cgutils
 import numba.extending
 import numpy as np
 
-from pallas_kernels.numba_ffi import LANES, NEAR, fetch_line
+from pallas_kernels.numba_memory import LANES, NEAR, fetch_line
 
 FLOAT, INT64 = llvmlite.ir.FloatType(), llvmlite.ir.IntType(64)
 MAX_SUMS = 16 if LANES == 16 else 12  # vectors that a tile of products adds up, of 32 or 16 registers

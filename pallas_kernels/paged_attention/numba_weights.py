@@ -12,7 +12,8 @@ import numba.extending
 import numpy as np
 
 from pallas_kernels.matmul.numba_tiles import BYTES, DEPTH, LEFT, RIGHT, ROWS, emit_tile
-from pallas_kernels.numba_ffi import array, prefetch
+from pallas_kernels.numba_ffi import array
+from pallas_kernels.numba_memory import prefetch
 from pallas_kernels.numba_vectors16 import INT64, WIDTH, peak_row, weigh_row
 from pallas_kernels.paged_attention.numba_vectors import exponentiate, scores
 

@@ -3,7 +3,6 @@
 XLA runs three programs for it, the sum by a library that takes ten times as long as the memory does.
 """
 
-import functools
 import typing
 
 import jax
@@ -14,7 +13,8 @@ import numba.extending
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, Work, array, buffer, clear_rows, fingerprint, register
+from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, Work, array, buffer, register
+from pallas_kernels.numba_memory import clear_rows
 from pallas_kernels.numba_vectors16 import (
     FLOAT,
     FLOATS,
@@ -46,13 +46,10 @@ def rms_norm(
     return jax.ffi.ffi_call(_target(out_dtype.itemsize), out)(x, scale, num_tokens, jnp.float32(eps))
 
 
-@functools.cache
 def _target(out_bytes: int) -> str:
     """Makes XLA know the norm with results of 4 bytes (float32) or 2 (bfloat16); returns its name."""
     name = f"rms_norm_to_{out_bytes}_bytes"
-    sources = fingerprint()
-    register(name, make_describe(sources), make_work(sources, out_bytes), num_words=NUM_WORDS)
-    return name
+    return register(name, lambda sources: (make_describe(sources), make_work(sources, out_bytes)), num_words=NUM_WORDS)
 
 
 @typing.no_type_check

@@ -3,7 +3,6 @@
 To XLA for CPUs the rotation is part of whatever uses it: inside of a step it computes sines and cosines again for each head.
 """
 
-import functools
 import typing
 
 import jax
@@ -14,7 +13,8 @@ import numba.extending
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, Work, array, buffer, clear_rows, fingerprint, register
+from pallas_kernels.numba_ffi import FRAME_SIZE, Describe, Work, array, buffer, register
+from pallas_kernels.numba_memory import clear_rows
 from pallas_kernels.numba_vectors16 import INT64, WIDTH, load, scale_row, store_vector
 
 X, COS, SIN, Q, K, V, NUM_TOKENS, NUM_ROWS, NUM_KV_HEADS, NUM_HEADS, HEAD_DIM, NUM_WORDS = range(12)
@@ -37,13 +37,10 @@ def rotate_qkv(
     return q, k, v
 
 
-@functools.cache
 def _target(out_bytes: int) -> str:
     """Makes XLA know the rotation with results of 4 bytes (float32) or 2 (bfloat16); returns its name."""
     name = f"rotate_qkv_to_{out_bytes}_bytes"
-    sources = fingerprint()
-    register(name, make_describe(sources), make_work(sources, out_bytes), num_words=NUM_WORDS)
-    return name
+    return register(name, lambda sources: (make_describe(sources), make_work(sources, out_bytes)), num_words=NUM_WORDS)
 
 
 @typing.no_type_check

@@ -33,7 +33,7 @@ class RMSNorm(nnx.Module):
 def normal(rngs: nnx.Rngs | None, shape: tuple[int, ...], dtype: jnp.dtype, scale: float = 0.02) -> nnx.Param:
     """A weight drawn from a normal distribution, drawn in `dtype` so that a large model never exists in float32.
 
-    Without `rngs` zeros, for those who only want its shape: tracing the drawing of hundreds of weights takes a second.
+    Without `rngs` zeros, for those who only want its shape: tracing how hundreds of weights are drawn takes half a second.
     """
     if rngs is None:
         return nnx.Param(jnp.zeros(shape, dtype))
